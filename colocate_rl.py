@@ -1,27 +1,26 @@
 """Reinforcement learning on language models with rollout and training on the same GPUs ("colocate"), in one file.
 
-SGLang generates, torch (FSDP2) trains, Ray places both on the GPUs of one placement group. They take turns: the engine
-sleeps while the trainer works, the trainer's memory leaves while the engine generates. One step of the loop:
+SGLang generates, torch (FSDP2) trains, Ray places both on the GPUs of one placement group, and they take turns:
 
     generate -> engine sleeps -> trainer onloads, trains -> engine wakes its weights -> weights are sent
              -> trainer offloads -> engine wakes its KV cache and CUDA graphs
 
 What this file is careful about, because systems of this kind get it wrong:
 
-* `base_gpu_id`: Ray hands out ids of the *node's list* of GPUs; SGLang and torch count *positions in the process's
-  list*. `local_gpu_index` converts and never guesses; `plan_engines` refuses what SGLang cannot express.
+* Ray's GPU ids are entries of the node's list; SGLang and torch count positions in the process's list. `local_gpu_index`
+  converts and never guesses; `plan_engines` refuses what SGLang cannot express.
 * The same GPU, proven: trainer ranks and SGLang's scheduler processes each report the UUID of the device they use.
 * Custom all-reduce v2 and CUDA graphs stay on. `custom_all_reduce.cuh:37: CUDA error: invalid argument` at graph capture
-  is not a mapping error: it is memory that CUDA IPC cannot export. `parse_engine_log` tells the faults apart.
-* What generates is what was trained: an exact check of the weights at start, log-probabilities compared every step.
+  is not a mapping error but memory that CUDA IPC cannot export; ENGINE_FAULTS tells the two apart.
+* What generates is what was trained: weights checked exactly at start, log-probabilities compared every step.
 
-The algorithm is GRPO (DeepSeekMath, arXiv:2402.03300) with the token mean and the asymmetric clip of DAPO
-(arXiv:2503.14476) and truncated importance weights for the mismatch between the two implementations of the policy.
+The algorithm is GRPO (DeepSeekMath, arXiv:2402.03300) with DAPO's token mean and asymmetric clip (arXiv:2503.14476) and
+truncated importance weights for the difference between the engine's and the trainer's probabilities.
 
     python colocate_rl.py                         # no GPU needed: a tiny model learns a toy task with the real engine
     python colocate_rl.py --gpus 2                # two engines, two trainer ranks
     python colocate_rl.py --dry-run               # place, print the mapping, stop
-    python colocate_rl.py --gpus 2 --gpus-per-engine 2 --model Qwen/Qwen3-0.6B      # on two GPUs: one engine of TP=2
+    python colocate_rl.py --gpus-per-engine 2 --model Qwen/Qwen3-0.6B      # on two GPUs: one engine of TP=2
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ import math
 import os
 import random
 import re
-
 import signal
 import socket
 import sys
@@ -56,57 +54,60 @@ import torch
 import torch.distributed as dist
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Settings
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _option(default: Any, group: str, help: str, choices: tuple | None = None) -> Any:
-    return field(default=default, metadata={"group": group, "help": help, "choices": choices})
+def _option(default: Any, group: str, help: str, low: float | None = None, choices: tuple | None = None) -> Any:
+    return field(default=default, metadata={"group": group, "help": help, "low": low, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run; the command line is made from it (`gpus_per_engine` is `--gpus-per-engine`)."""
+    """Every setting of a run. The command line is made from it; numbers must be above 0, or at least `low`."""
 
-    steps: int = _option(60, "run", "training steps")
-    seed: int = _option(0, "run", "makes a run repeatable: initial weights, data order, sampling")
+    steps: int = _option(50, "run", "training steps")
+    seed: int = _option(0, "run", "makes a run repeatable: initial weights, data order, sampling", low=0)
     heldout_every: int = _option(10, "run", "score the held-out prompts greedily every this many steps")
     dry_run: bool = _option(False, "run", "place, print the mapping of bundles to engines, and stop")
     timeout: float = _option(600.0, "run", "limit, in seconds, of an engine's start and of every other single call")
 
-    device: str = _option("auto", "placement", "auto takes cuda where there is one", ("auto", "cuda", "cpu"))
-    gpus: int = _option(0, "placement", "GPUs to use, logical ones on a CPU; 0: all that this machine has, or 1")
+    device: str = _option("auto", "placement", "auto: cuda where there is one", choices=("auto", "cuda", "cpu"))
+    gpus: int = _option(0, "placement", "GPUs to use, logical ones on a CPU; 0: all of this machine, or 1", low=0)
     gpus_per_engine: int = _option(1, "placement", "tensor parallel size (TP) of each engine")
     placement_timeout: float = _option(60.0, "placement", "seconds to wait for the placement group")
 
     model: str = _option("", "model", "Hugging Face id or folder, trained on sums; empty: a Qwen3 from random weights")
-    shape: str = _option("tiny", "model", "size of the Qwen3 from random weights", ("tiny", "0.6B", "4B"))
+    shape: str = _option("tiny", "model", "size of the Qwen3 from random weights", choices=("tiny", "0.6B", "4B"))
     trust_remote_code: bool = _option(False, "model", "run the code that a model folder brings along")
 
     prompts_per_step: int = _option(16, "rollout", "different prompts in a step")
-    group_size: int = _option(16, "rollout", "responses sampled for each prompt")
-    max_new_tokens: int = _option(6, "rollout", "longest response, in tokens")
+    group_size: int = _option(8, "rollout", "responses sampled for each prompt", low=2)
+    max_new_tokens: int = _option(4, "rollout", "longest response, in tokens")
     temperature: float = _option(1.0, "rollout", "of sampling; training divides its logits by the same")
     context_length: int = _option(512, "rollout", "longest prompt and response together, in tokens")
     mem_fraction: float = _option(0.6, "rollout", "share of a GPU for the engine's weights and KV cache")
 
     learning_rate: float = _option(3e-3, "training", "of AdamW, constant")
-    updates_per_step: int = _option(2, "training", "optimizer steps on each batch; the clip matters from the second on")
+    updates_per_step: int = _option(2, "training", "optimizer steps on a batch; the clip matters from the second on")
     micro_batch: int = _option(64, "training", "sequences in one forward and backward pass of a rank")
-    clip_low: float = _option(0.2, "training", "the probability ratio is clipped below 1 minus this")
-    clip_high: float = _option(0.28, "training", "the probability ratio is clipped above 1 plus this")
+    clip_low: float = _option(0.2, "training", "the probability ratio is clipped below 1 minus this", low=0)
+    clip_high: float = _option(0.28, "training", "the probability ratio is clipped above 1 plus this", low=0)
     scale_advantages: bool = _option(True, "training", "divide advantages by their group's standard deviation")
-    kl_coef: float = _option(0.0, "training", "weight of the k3 KL to the initial model; 0 keeps no such model")
-    importance_cap: float = _option(2.0, "training", "cap on trainer/rollout probability; 0 turns the correction off")
+    kl_coef: float = _option(0.0, "training", "weight of the k3 KL to the initial model; 0: no such model", low=0)
+    importance_cap: float = _option(2.0, "training", "cap on trainer/rollout probability; 0: no correction", low=0)
     max_grad_norm: float = _option(1.0, "training", "gradient norm at which to clip")
     bucket_mib: int = _option(2048, "training", "size of one bucket of weights on its way to the engine")
 
 
 def device_of(config: Config) -> str:
     return config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def num_gpus(config: Config) -> int:
+    return config.gpus or torch.cuda.device_count() or 1
 
 
 def check_config(config: Config) -> list[str]:
@@ -118,32 +119,23 @@ def check_config(config: Config) -> list[str]:
             problems.append(f"--{name.replace('_', '-')} is {getattr(config, name)!r}; expected {expected}")
 
     for option in dataclasses.fields(config):
-        value, low = getattr(config, option.name), 0 if option.name in MAY_BE_ZERO else None
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            bounds = "a finite number, 0 or more" if low == 0 else "a finite number above 0"
-            expect(math.isfinite(value) and (value > 0 or value == low), option.name, bounds)
-        if choices := option.metadata["choices"]:
-            expect(value in choices, option.name, f"one of {', '.join(choices)}")
-    expect(config.group_size > 1, "group_size", "2 or more: an advantage compares the responses to one prompt")
+        value, low = getattr(config, option.name), option.metadata["low"]
+        if type(value) in (int, float):
+            fits = value > 0 if low is None else value >= low
+            expect(math.isfinite(value) and fits, option.name, "a number above 0" if low is None else f"at least {low}")
     expect(config.clip_low < 1, "clip_low", "less than 1")
     expect(config.mem_fraction < 1, "mem_fraction", "less than 1")
     expect(config.max_new_tokens < config.context_length, "max_new_tokens", "fewer than --context-length")
     if problems:
         return problems
     gpus, samples = num_gpus(config), config.prompts_per_step * config.group_size
-    expect(gpus % config.gpus_per_engine == 0, "gpus", f"a multiple of --gpus-per-engine, {config.gpus_per_engine}")
-    expect(device_of(config) == "cuda" or config.gpus_per_engine == 1 or config.dry_run,
-           "gpus_per_engine", "1 on a CPU, where SGLang has no tensor parallelism")  # fmt: skip
-    expect(samples % (gpus * config.updates_per_step) == 0, "prompts_per_step", f"prompts x --group-size, {samples}, to "
-           f"divide by GPUs x --updates-per-step, {gpus * config.updates_per_step}: ranks train on equal shares")  # fmt: skip
+    shares = gpus * config.updates_per_step
+    expect(gpus % config.gpus_per_engine == 0, "gpus", f"a multiple of --gpus-per-engine {config.gpus_per_engine}")
+    no_tp = device_of(config) == "cpu" and not config.dry_run
+    expect(config.gpus_per_engine == 1 or not no_tp, "gpus_per_engine", "1 on a CPU: SGLang has no TP there")
+    expect(samples % shares == 0, "prompts_per_step", f"prompts x --group-size ({samples}) to divide by GPUs x "
+           f"--updates-per-step ({shares}), so that all ranks train on equal shares")  # fmt: skip
     return problems
-
-
-MAY_BE_ZERO = ("gpus", "seed", "clip_low", "clip_high", "kl_coef", "importance_cap")
-
-
-def num_gpus(config: Config) -> int:
-    return config.gpus or torch.cuda.device_count() or 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,17 +148,11 @@ class PlacementError(ValueError):
 
 
 def visible_devices(value: str | None, device_count: int) -> list[str]:
-    """What a process sees, as tokens; the position of a token is torch's and SGLang's device index.
+    """What a process sees, as tokens; a token's position is the index that torch and SGLang count by.
 
-    Args:
-        value: CUDA_VISIBLE_DEVICES of the process; None where it is unset.
-        device_count: devices counted where it is unset. Where it is set and `device_count` is larger than the list, it
-            can only be the machine's count, and an index past it is as invalid as CUDA has it.
-    Returns:
-        Indices without leading zeros, and `GPU-...` or `MIG-...` names. As in CUDA, the list ends before the first
-        invalid entry ("-1" is the usual one).
-    Raises:
-        PlacementError: a device is named twice.
+    `value` is its CUDA_VISIBLE_DEVICES. Where that is unset (None) there are `device_count` devices; where it is set, a
+    count larger than the list can only be the machine's, and an index past it is invalid. As in CUDA, the list ends before
+    the first invalid entry ("-1" is the usual one). Raises PlacementError where a device is named twice.
     """
     if value is None:
         return [str(index) for index in range(device_count)]
@@ -174,14 +160,13 @@ def visible_devices(value: str | None, device_count: int) -> list[str]:
     machine_count = device_count if device_count > len(entries) else math.inf
     visible: list[str] = []
     for entry in entries:
-        if entry.isascii() and entry.isdigit() and int(entry) < machine_count:
+        if re.fullmatch("[0-9]+", entry) and int(entry) < machine_count:
             entry = str(int(entry))
         elif not re.fullmatch(r"(GPU|MIG)-\S+", entry):
             break
         if _positions(entry, visible):
             raise PlacementError(
-                f"CUDA_VISIBLE_DEVICES={value!r} names the device {entry!r} twice; expected every device once. "
-                "Remove the second mention."
+                f"CUDA_VISIBLE_DEVICES={value!r} names {entry!r} twice; expected every device once. Remove the second."
             )
         visible.append(entry)
     return visible
@@ -190,54 +175,45 @@ def visible_devices(value: str | None, device_count: int) -> list[str]:
 def local_gpu_index(gpu_id: int | str, visible: Sequence[str]) -> int:
     """The position of Ray's `gpu_id` in the visible list, which is what torch and SGLang count by.
 
-    Ray's ids are tokens of the node's list (ints where that list was unset), so under CUDA_VISIBLE_DEVICES=4,5,6,7 the
-    id "4" is local index 0. An id that is not in the list is an error even where it would be a valid position.
-
-    Args:
-        gpu_id: an element of `ray.get_gpu_ids()`: an int, a digit string, a GPU UUID or its prefix, or a MIG name.
-        visible: the list as `visible_devices` gives it.
-    Raises:
-        PlacementError: the id is not in the list, or matches several of its entries.
+    `gpu_id` is an element of `ray.get_gpu_ids()`: an int, a digit string, a GPU UUID or a prefix of one, a MIG name. It
+    names an entry of the node's list: under CUDA_VISIBLE_DEVICES=4,5,6,7 the id "4" has the local index 0. Raises
+    PlacementError for an id that is not in the list, even where it would be a valid position, or that is ambiguous.
     """
     token = str(gpu_id).strip()
-    if token.isascii() and token.isdigit():
-        token = str(int(token))
-    positions = _positions(token, visible)
+    positions = _positions(str(int(token)) if re.fullmatch("[0-9]+", token) else token, visible)
     if len(positions) != 1:
-        found = "is not in" if not positions else f"matches {len(positions)} entries of"
         raise PlacementError(
-            f"gpu_id={gpu_id!r} {found} the visible list {list(visible)}; expected exactly one of its entries. Give this "
-            "process the list that Ray's node was started with: set RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES=1 in "
-            "its runtime_env, and do not change CUDA_VISIBLE_DEVICES inside it."
+            f"gpu_id={gpu_id!r} matches {len(positions)} entries of the visible list {list(visible)}; expected exactly one. "
+            "Give this process its node's list: set RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES=1 in its runtime_env, and "
+            "leave CUDA_VISIBLE_DEVICES alone inside it."
         )
     return positions[0]
 
 
 def _positions(token: str, visible: Sequence[str]) -> list[int]:
-    """Where a token stands in a list. CUDA lets a UUID be cut short, on either side of this comparison."""
-    if token in visible:
-        return [index for index, other in enumerate(visible) if other == token]
-    if not re.match("GPU-.", token):
-        return []
-    return [i for i, other in enumerate(visible)
-            if re.match("GPU-.", other) and (other.startswith(token) or token.startswith(other))]  # fmt: skip
+    """Where a token stands in the list. CUDA takes a UUID cut short, so either side may be a prefix of the other."""
+    same = [index for index, entry in enumerate(visible) if entry == token]
+    if same or not re.match("GPU-.", token):
+        return same
+    return [index for index, entry in enumerate(visible)
+            if re.match("GPU-.", entry) and (entry.startswith(token) or token.startswith(entry))]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """One GPU of the placement group, as the probe found it."""
+    """One GPU of the placement group, as its probe found it."""
 
     index: int  # of the bundle in the placement group
     node_id: str
     node_ip: str
-    gpu_id: int | str  # Ray's id: an entry of the node's visible list, never a position in it
+    gpu_id: int | str  # Ray's: an entry of the node's visible list, never a position in it
     local_index: int  # the position in the visible list: torch's device index, SGLang's gpu_id
     uuid: str | None = None  # None on a machine without GPUs
 
 
 @dataclass(frozen=True)
 class EnginePlacement:
-    """One SGLang engine: tensor parallel rank r runs on `bundles[r]`, local index `base_gpu_id + r`."""
+    """One engine: tensor parallel rank r runs on `bundles[r]`, whose local index is `base_gpu_id + r`."""
 
     engine: int
     bundles: tuple[Bundle, ...]
@@ -246,62 +222,43 @@ class EnginePlacement:
 
 
 def plan_engines(bundles: Sequence[Bundle], gpus_per_engine: int) -> list[EnginePlacement]:
-    """Cut the bundles into engines: sorted by node, then by *local* index (by physical id is wrong under "1,0").
+    """Cut the bundles, sorted by node and then by *local* index, into engines.
 
-    SGLang gives rank r the device `base_gpu_id + r`, so an engine's local indices must be consecutive, on one node.
-
-    Raises:
-        PlacementError: the bundles do not divide into engines, or an engine would break that rule.
+    By physical id the order would be wrong under CUDA_VISIBLE_DEVICES=1,0. Raises PlacementError where the bundles do not
+    divide into engines, or an engine would not have consecutive local indices on one node, which is all SGLang can use.
     """
     if gpus_per_engine < 1 or not bundles or len(bundles) % gpus_per_engine:
         raise PlacementError(
-            f"gpus_per_engine={gpus_per_engine} with {len(bundles)} bundles; expected at least one of each and engines "
-            "that use up all bundles. Ask for a multiple of gpus_per_engine."
+            f"gpus_per_engine={gpus_per_engine} with {len(bundles)} bundles; expected bundles that divide into whole "
+            "engines. Ask for a multiple of gpus_per_engine."
         )
-    ordered = sorted(bundles, key=lambda bundle: (*_ip_order(bundle.node_ip), bundle.node_id, bundle.local_index))
+    ordered = sorted(bundles, key=lambda b: (int(ipaddress.ip_address(b.node_ip)), b.node_id, b.local_index))
     engines = []
-    for engine in range(len(ordered) // gpus_per_engine):
-        part = tuple(ordered[engine * gpus_per_engine : (engine + 1) * gpus_per_engine])
-        where = f"engine {engine} of gpus_per_engine={gpus_per_engine}"
-        if len(nodes := {bundle.node_id: bundle.node_ip for bundle in part}) > 1:
-            ids = [(bundle.node_ip, bundle.gpu_id) for bundle in part]
+    for engine, start in enumerate(range(0, len(ordered), gpus_per_engine)):
+        part = tuple(ordered[start : start + gpus_per_engine])
+        ids, local = [bundle.gpu_id for bundle in part], [bundle.local_index for bundle in part]
+        nodes = list(dict.fromkeys((bundle.node_ip, bundle.node_id) for bundle in part))
+        if len(nodes) > 1:
             raise PlacementError(
-                f"{where} would span the nodes {list(nodes.values())} with the Ray ids {ids}; expected one node. Choose "
-                "gpus_per_engine so that it divides the GPUs taken on every node, or ask for another number of GPUs."
+                f"engine {engine} of gpus_per_engine={gpus_per_engine} would span the nodes {[ip for ip, _ in nodes]} with "
+                f"the Ray ids {ids}; expected one node. Choose gpus_per_engine so that it divides the GPUs of every node."
             )
-        base = part[0].local_index
-        if [bundle.local_index for bundle in part] != list(range(base, base + gpus_per_engine)):
+        if local != list(range(local[0], local[0] + gpus_per_engine)):
             raise PlacementError(
-                f"{where} on node {part[0].node_ip} has the local indices {[b.local_index for b in part]} (Ray ids "
-                f"{[b.gpu_id for b in part]}); expected consecutive ones, since SGLang counts up from base_gpu_id. Free "
-                "the GPUs between them, or start Ray's node with CUDA_VISIBLE_DEVICES listing these side by side."
+                f"engine {engine} of gpus_per_engine={gpus_per_engine} on node {nodes[0][0]} has the Ray ids {ids} at local "
+                f"indices {local}; expected consecutive indices, since SGLang counts up from base_gpu_id. Free the GPUs "
+                "between them, or start Ray's node with a CUDA_VISIBLE_DEVICES that lists these side by side."
             )
-        engines.append(EnginePlacement(engine, part, base, part[0].node_ip))
+        engines.append(EnginePlacement(engine, part, base_gpu_id=local[0], node_ip=part[0].node_ip))
     return engines
 
 
-def _ip_order(node_ip: str) -> tuple[int, int]:
-    """Addresses as numbers, so that 10.0.0.9 comes before 10.0.0.10."""
-    try:
-        address = ipaddress.ip_address(node_ip)
-    except ValueError as error:
-        raise PlacementError(
-            f"node_ip={node_ip!r} is not an IP address; expected one, as Ray reports it. Start the node with "
-            "--node-ip-address=<its IP>."
-        ) from error
-    return address.version, int(address)
-
-
 def get_base_gpu_id(engine: int, gpus_per_engine: int, gpus_per_node: int) -> int:
-    """The loop-index formula, for where no bundle was probed.
-
-    It equals `plan_engines` only where the placement group holds every visible GPU of its nodes. It is wrong where
-    another job holds some of them, and it never sees the order of CUDA_VISIBLE_DEVICES.
-    """
-    if engine < 0 or gpus_per_engine < 1 or gpus_per_node % gpus_per_engine:
+    """The loop-index formula, for where no bundle was probed; equal to the plan only if all visible GPUs are taken."""
+    if engine < 0 or gpus_per_engine < 1 or gpus_per_node < 1 or gpus_per_node % gpus_per_engine:
         raise PlacementError(
-            f"engine={engine}, gpus_per_engine={gpus_per_engine}, gpus_per_node={gpus_per_node}; expected engine >= 0 "
-            "and whole engines on each node. Choose gpus_per_engine so that it divides gpus_per_node."
+            f"engine={engine}, gpus_per_engine={gpus_per_engine}, gpus_per_node={gpus_per_node}; expected engine >= 0 and "
+            "whole engines on each node. Choose gpus_per_engine so that it divides gpus_per_node."
         )
     return engine * gpus_per_engine % gpus_per_node
 
@@ -310,60 +267,55 @@ def get_base_gpu_id(engine: int, gpus_per_engine: int, gpus_per_node: int) -> in
 # 3. Placement group: create, probe, show (Ray)
 # ---------------------------------------------------------------------------------------------------------------------
 
-# With this, Ray leaves CUDA_VISIBLE_DEVICES alone, so an actor, the scheduler processes it starts and the trainers on the
-# same node all see the node's list, and one local index means one device everywhere.
+# With this, Ray leaves CUDA_VISIBLE_DEVICES alone: an actor, the scheduler processes it starts and the trainers beside it
+# all see the node's list, and one local index means one device everywhere.
 ONE_LIST = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-ENGINE_SHARE, TRAINER_SHARE, PROBE_SHARE = 0.3, 0.6, 0.1  # of a bundle's GPU: bookkeeping for Ray, no limit on memory
+ENGINE_SHARE, TRAINER_SHARE, PROBE_SHARE = 0.3, 0.6, 0.1  # of a bundle's GPU: Ray's bookkeeping, not a limit on memory
 CPUS_PER_BUNDLE = 0.1  # bookkeeping too; small, so that a laptop places several logical GPUs
 
 
 def create_placement_group(num_gpus: int, timeout_s: float) -> PlacementGroup:
-    """Reserve `num_gpus` bundles of one GPU, packed on few nodes; waits visibly, for at most `timeout_s` seconds.
-
-    Raises:
-        PlacementError: not placed in time; says what the cluster has, what is free and what is missing.
-    """
+    """Reserve bundles of one GPU each, packed on few nodes. Waits visibly; raises PlacementError after `timeout_s`."""
     group = placement_group([{"GPU": 1, "CPU": CPUS_PER_BUNDLE}] * num_gpus, strategy="PACK")
     deadline = time.monotonic() + timeout_s
     while not group.wait(max(0.1, min(5.0, deadline - time.monotonic()))):
-        total, free = (int(resources.get("GPU", 0)) for resources in (ray.cluster_resources(), ray.available_resources()))
-        state = (f"the cluster has {total} GPUs on {sum(node['Alive'] for node in ray.nodes())} node(s), {total - free} of "
-                 f"them held by other jobs; {num_gpus} asked for, {max(0, num_gpus - free)} missing")  # fmt: skip
+        total, free = (int(found.get("GPU", 0)) for found in (ray.cluster_resources(), ray.available_resources()))
+        state = (f"{num_gpus} GPUs asked for, {max(0, num_gpus - free)} missing: the cluster has {total} on "
+                 f"{sum(node['Alive'] for node in ray.nodes())} node(s), {total - free} of them held by others")  # fmt: skip
         if time.monotonic() >= deadline:
             remove_placement_group(group)
             raise PlacementError(
-                f"placement group not placed within placement_timeout={timeout_s:g} s: {state}. Ask for at most {free} "
-                "GPUs, wait for the other jobs, add a node, or raise the limit."
+                f"placement group not placed within placement_timeout={timeout_s:g} s; {state}. Ask for at most {free}, "
+                "wait for the others to end, add a node, or raise the limit."
             )
-        print(f"waiting for GPUs: {state}", flush=True)
+        print(f"waiting for the placement group; {state}", flush=True)
     return group
 
 
-def on_bundle(group: PlacementGroup, bundle: int, gpu_share: float, env: dict[str, str] | None = None) -> dict[str, Any]:
+def on_bundle(group: PlacementGroup, index: int, gpu_share: float) -> dict[str, Any]:
     """Options of a Ray actor that lives on a bundle and sees the node's whole list of GPUs."""
-    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
-    return {"num_gpus": gpu_share, "num_cpus": 0, "scheduling_strategy": strategy,
-            "runtime_env": {"env_vars": {**ONE_LIST, **(env or {})}}}  # fmt: skip
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+    environment = {"env_vars": ONE_LIST}
+    return dict(num_gpus=gpu_share, num_cpus=0, scheduling_strategy=strategy, runtime_env=environment)
 
 
 class Probe:
     """A short-lived actor in a bundle that reads which GPU Ray gave it."""
 
     def read(self, index: int) -> Bundle:
-        context = ray.get_runtime_context()
-        (gpu_id,) = ray.get_gpu_ids()
-        (node,) = (node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+        (gpu_id,), node_id = ray.get_gpu_ids(), ray.get_runtime_context().get_node_id()
+        (node,) = (node for node in ray.nodes() if node["NodeID"] == node_id)
         value, on_gpu = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.is_available()
         device_count = torch.cuda.device_count() if on_gpu else int(node["Resources"]["GPU"])
         visible = visible_devices(value, device_count)
         if on_gpu and len(visible) != device_count:
             raise PlacementError(
-                f"CUDA_VISIBLE_DEVICES={value!r} reads as {len(visible)} devices but torch counts {device_count} on node "
+                f"CUDA_VISIBLE_DEVICES={value!r} reads as {len(visible)} devices, torch counts {device_count} on node "
                 f"{node['NodeManagerAddress']}; expected the same. Name only devices that the machine has."
             )
         local_index = local_gpu_index(gpu_id, visible)
         uuid = device_uuid(local_index) if on_gpu else None
-        return Bundle(index, context.get_node_id(), node["NodeManagerAddress"], gpu_id, local_index, uuid)
+        return Bundle(index, node_id, node["NodeManagerAddress"], gpu_id, local_index, uuid)
 
 
 def device_uuid(local_index: int) -> str:
@@ -372,42 +324,37 @@ def device_uuid(local_index: int) -> str:
 
 def probe_bundles(group: PlacementGroup, timeout_s: float) -> list[Bundle]:
     """Read every bundle of a placement group, all at once; in the order of the bundles' indices."""
-    count = group.bundle_count
-    probes = [ray.remote(Probe).options(**on_bundle(group, index, PROBE_SHARE)).remote() for index in range(count)]
+    probes = [ray.remote(Probe).options(**on_bundle(group, i, PROBE_SHARE)).remote() for i in range(group.bundle_count)]
     try:
-        return wait_for([probe.read.remote(i) for i, probe in enumerate(probes)], timeout_s, "the probes of the bundles")
+        return wait_for([probe.read.remote(index) for index, probe in enumerate(probes)], timeout_s, "the bundles' probes")
     finally:
         for probe in probes:
             ray.kill(probe)
 
 
 def wait_for(refs: list, timeout_s: float, what: str) -> list:
-    """`ray.get` with a limit; an actor's own exception is raised as itself, not wrapped in a remote trace."""
+    """`ray.get` with a limit; this file's own errors come out as themselves, without the trace of the remote call."""
     try:
         return ray.get(refs, timeout=timeout_s)
     except ray.exceptions.GetTimeoutError as error:
-        raise TimeoutError(f"{what}: not done within {timeout_s:g} s. Raise that limit, or see the run's logs.") from error
+        raise TimeoutError(f"{what}: not done within {timeout_s:g} s. See the run's logs, or raise the limit.") from error
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, (PlacementError, EngineError)):
-            raise error.cause from error
-        raise
-    except ray.exceptions.RayActorError as error:
-        raise RuntimeError(f"{what}: the actor died: {str(error).strip().splitlines()[-1].strip()}") from error
-
-
-def placement_table(engines: Sequence[EnginePlacement]) -> str:
-    """The mapping as text: bundle -> node -> Ray id -> local index -> UUID -> engine -> base_gpu_id."""
-    rows = [("bundle", "node", "Ray id", "local index", "UUID", "engine", "tp_rank", "base_gpu_id")]
-    for engine in engines:
-        for tp_rank, bundle in enumerate(engine.bundles):
-            rows.append((bundle.index, f"{bundle.node_ip} ({bundle.node_id[:6]})", repr(bundle.gpu_id), bundle.local_index,
-                         bundle.uuid or "no GPU", engine.engine, tp_rank, engine.base_gpu_id))  # fmt: skip
-    return format_table(rows)
+        raise error.cause if isinstance(error.cause, (PlacementError, EngineError)) else error from None
 
 
 def format_table(rows: Sequence[Sequence[Any]]) -> str:
     widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(str(c).ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def placement_table(engines: Sequence[EnginePlacement]) -> str:
+    """The mapping as text, a line a GPU."""
+    rows = [("bundle", "node", "Ray id", "local index", "UUID", "engine", "tp_rank", "base_gpu_id")]
+    for plan in engines:
+        rows += [(bundle.index, f"{bundle.node_ip}/{bundle.node_id[:6]}", repr(bundle.gpu_id), bundle.local_index,
+                  bundle.uuid or "no GPU", plan.engine, rank, plan.base_gpu_id)
+                 for rank, bundle in enumerate(plan.bundles)]  # fmt: skip
+    return format_table(rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -416,21 +363,18 @@ def format_table(rows: Sequence[Sequence[Any]]) -> str:
 
 MEMORY_TAGS = ("kv_cache", "weights", "cuda_graph")  # SGLang's names for what can sleep
 
-# What an engine's log says, what caused it, what helps. The first two are the two halves of one well-known report.
+# What the log says, what caused it, what helps. The first two were taken for one and the same fault.
 ENGINE_FAULTS = (
     (r"custom_all_reduce\.cuh:\d+: CUDA error: invalid argument",
-     "a captured all-reduce registers graph memory that CUDA IPC cannot export; the device mapping is not involved",
-     "keep the graph pool out of the memory saver (SGLANG_MEMORY_SAVER_CUDA_GRAPH=false) and take expandable_segments "
-     "out of PYTORCH_CUDA_ALLOC_CONF"),
+     "a captured all-reduce registers graph memory that CUDA IPC cannot export; the device mapping is not the cause",
+     "keep the graph pool out of the memory saver, and expandable_segments out of PYTORCH_CUDA_ALLOC_CONF"),
     (r"CUDA error: invalid device ordinal",
-     "base_gpu_id is not an index into the visible list; a physical id was probably used as one",
+     "base_gpu_id is no index into the visible list; a physical id was probably used as one",
      "use plan_engines, and compare --dry-run with CUDA_VISIBLE_DEVICES"),
     (r"CUDA out of memory|Not enough memory|memory capacity is unbalanced",
-     "the engine does not get the GPU memory that it asks for",
-     "lower --mem-fraction, or end what else is on that GPU (nvidia-smi lists it)"),
-    (r"Address already in use|EADDRINUSE",
-     "another process listens on the engine's port",
-     "start again: ports are chosen anew"),
+     "the GPU does not have the memory that the engine asks for",
+     "lower --mem-fraction, or end what else runs there (nvidia-smi lists it)"),
+    (r"Address already in use|EADDRINUSE", "another process took the engine's port", "start again"),
 )  # fmt: skip
 
 
@@ -440,18 +384,47 @@ class EngineError(RuntimeError):
 
 def explain_failure(log: str) -> str:
     """The last error line of an engine's log, with its cause and remedy where they are known."""
-    errors = [line.strip() for line in log.splitlines() if re.search(r"(Error|Exception|error)\b.*: ", line)]
+    lines = [line.strip() for line in log.splitlines()]
     for pattern, cause, remedy in ENGINE_FAULTS:
-        if match := [line.strip() for line in log.splitlines() if re.search(pattern, line)]:
-            return f"{match[-1]}\n  cause: {cause}\n  remedy: {remedy}"
-    return errors[-1] if errors else "its log holds no error line"
+        if found := [line for line in lines if re.search(pattern, line)]:
+            return f"{found[-1]}\n  cause: {cause}\n  remedy: {remedy}"
+    return next((line for line in reversed(lines) if re.search(r"\b\w*(Error|Exception)\b.*: \S", line)), "no error logged")
+
+
+def run_scheduler(server_args: Any, port_args: Any, gpu_id: int, tp_rank: int, *args: Any) -> None:
+    """Runs in every scheduler process in place of SGLang's function of the same signature, and hands over to it."""
+    from sglang.srt.managers.scheduler import run_scheduler_process
+
+    on_gpu = server_args.device == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(gpu_id)  # before any other CUDA call, which would leave a context on device 0
+    reading = read_device("cuda" if on_gpu else "cpu", gpu_id) | {"tp_rank": tp_rank}
+    seed_every_request(on_gpu)
+    *ranks, pipe = args
+    run_scheduler_process(server_args, port_args, gpu_id, tp_rank, *ranks, ReadingPipe(pipe, reading))
+
+
+def read_device(kind: str, local_index: int) -> dict[str, Any]:
+    """What the process that calls this sees and uses."""
+    return {"pid": os.getpid(), "visible": os.environ.get("CUDA_VISIBLE_DEVICES"), "local_index": local_index,
+            "uuid": device_uuid(local_index) if kind == "cuda" else None}  # fmt: skip
+
+
+class ReadingPipe:
+    """Adds what a scheduler process sees to the message by which it tells its parent that it is ready."""
+
+    def __init__(self, pipe: Any, reading: dict[str, Any]):
+        self.pipe, self.reading = pipe, reading
+
+    def send(self, message: dict[str, Any]) -> None:
+        self.pipe.send({**message, "reading": self.reading})
 
 
 def seed_every_request(on_gpu: bool) -> None:
     """Let a request's `sampling_seed` count without SGLang's deterministic mode, which a CPU cannot run.
 
-    SGLang's sampler draws from (seed, position) where the batch carries seeds, but fills them in only in that mode. With
-    them a response depends on its prompt, its seed and the weights, and not on which requests shared its batch.
+    SGLang's sampler uses seeds wherever the batch carries them, but fills them in only in that mode. With them, what is
+    drawn depends on the seed and the position, and not on which requests happened to share a batch.
     """
     from sglang.srt.layers import sampler
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
@@ -467,415 +440,342 @@ def seed_every_request(on_gpu: bool) -> None:
 
     SamplingBatchInfo.from_schedule_batch = classmethod(from_schedule_batch)
     if not on_gpu:
-        sampler.multinomial_with_seed = draw_with_seeds  # SGLang's is a Triton kernel
+        sampler.multinomial_with_seed = draw_with_seeds  # SGLang's own is a Triton kernel
 
 
 def draw_with_seeds(logprobs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """One draw from each row's distribution by inverting its cumulative sum, [B, V], [B], [B] -> [B, 1]."""
+    """One draw from each row's distribution by inverting its cumulative sum; [B, V], [B], [B] -> [B, 1]."""
     pairs = zip(seeds.tolist(), positions.tolist(), strict=True)
     uniform = torch.tensor([[random.Random(f"{seed}/{position}").random()] for seed, position in pairs])  # [B, 1]
     cumulative = logprobs.exp().cumsum(dim=-1)
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).clamp(max=logprobs.shape[1] - 1)
 
 
-class ReadingPipe:
-    """Adds what a scheduler process sees to the message by which it tells its parent that it is ready."""
-
-    def __init__(self, pipe: Any, reading: dict[str, Any]):
-        self.pipe, self.reading = pipe, reading
-
-    def send(self, message: dict[str, Any]) -> None:
-        self.pipe.send({**message, "reading": self.reading})
-
-
-def run_scheduler(server_args: Any, port_args: Any, gpu_id: int, tp_rank: int, *args: Any) -> None:
-    """Runs in every scheduler process in place of SGLang's function of the same signature, and hands over to it.
-
-    Module-level, in a module that a spawned process can import: SGLang sends it there by name.
-    """
-    on_gpu = server_args.device == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(gpu_id)  # before any other CUDA call, which would leave a context on device 0
-    *ranks, pipe = args
-    reading = {"tp_rank": tp_rank, "local_index": gpu_id, "pid": os.getpid(),
-               "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
-               "uuid": device_uuid(gpu_id) if on_gpu else None}  # fmt: skip
-    from sglang.srt.managers.scheduler import run_scheduler_process
-
-    seed_every_request(on_gpu)
-    run_scheduler_process(server_args, port_args, gpu_id, tp_rank, *ranks, ReadingPipe(pipe, reading))
-
-
-def prepare_cpu_engine(folder: Path) -> None:
-    """Let SGLang be imported without a GPU: its compiled `sgl_kernel` cannot load without libcuda.
+def prepare_cpu_engine() -> None:
+    """Let SGLang be imported where its compiled `sgl_kernel` cannot load for want of libcuda.
 
     All that a CPU engine imports of it is `sgl_kernel.kvcacheio`, which it never calls. Child processes inherit sys.path.
     """
-    package = folder / "sgl_kernel"
+    package = Path(tempfile.gettempdir(), f"colocate_rl-cpu-{os.getuid()}", "sgl_kernel")
     package.mkdir(parents=True, exist_ok=True)
-    (package / "__init__.py").write_text("")
+    (package / "__init__.py").touch()
     (package / "kvcacheio.py").write_text(
-        "def __getattr__(name):\n"
-        "    if name.startswith('__'):\n        raise AttributeError(name)\n"
-        "    def needs_gpu(*args, **kwargs):\n        raise RuntimeError(f'sgl_kernel.kvcacheio.{name} needs a GPU')\n"
-        "    return needs_gpu\n"
+        "def __getattr__(name):\n    if name.startswith('__'):\n        raise AttributeError(name)\n"
+        "    def needs_gpu(*_, **__):\n        raise RuntimeError(name + ' needs a GPU')\n    return needs_gpu\n"
     )
-    sys.path.insert(0, str(folder))
+    sys.path.insert(0, str(package.parent))
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 
 
 def reserve_port() -> tuple[int, socket.socket]:
-    """A free TCP port of this machine, and the lock that keeps it ours while the socket lives.
+    """A free TCP port below those that the kernel hands out, and the lock that keeps it ours while the socket lives.
 
-    Ports are taken below the range from which the kernel hands out ephemeral ones. The lock is a name in the abstract
-    namespace of unix sockets: engines that start at once never pick the same port, and a dead process leaves no lock.
+    The lock is an abstract unix address: of engines that start at once no two get it, and it dies with its process.
     """
     for port in random.SystemRandom().sample(range(20000, 32000), 1000):
         lock = socket.socket(socket.AF_UNIX)
-        with socket.socket() as probe:
-            try:
-                lock.bind(f"\0colocate_rl-port-{port}")
-                probe.bind(("", port))
-                return port, lock
-            except OSError:  # taken by another engine, or by another program
-                lock.close()
-    raise EngineError("no free port found in 1000 tries between 20000 and 32000; free some, then start again")
+        with socket.socket() as probe, contextlib.suppress(OSError):  # taken: the next one, then
+            lock.bind(f"\0colocate_rl-{port}")
+            probe.bind(("", port))
+            return port, lock
+        lock.close()
+    raise EngineError("no free port in 1000 tries between 20000 and 32000; expected one. Free some, and start again.")
 
 
-def engine_args(config: Config, placement: EnginePlacement, model: str, port: int) -> dict[str, Any]:
-    """The arguments of `sglang.Engine` for one engine."""
-    args = {
-        "model_path": model,
-        "trust_remote_code": config.trust_remote_code,
-        "skip_tokenizer_init": True,  # token ids in, token ids out
-        "base_gpu_id": placement.base_gpu_id,
-        "tp_size": len(placement.bundles),
-        "nccl_port": port,
-        "random_seed": config.seed,
-        "context_length": config.context_length,
-        "log_level": "info",
-        "disable_piecewise_cuda_graph": True,
-    }
+def engine_args(config: Config, placement: EnginePlacement, model: str) -> dict[str, Any]:
+    """The arguments of `sglang.Engine`, but for its port."""
+    args = dict(
+        model_path=model, trust_remote_code=config.trust_remote_code, context_length=config.context_length,
+        skip_tokenizer_init=True,  # token ids in, token ids out
+        base_gpu_id=placement.base_gpu_id, tp_size=len(placement.bundles), random_seed=config.seed, log_level="info",
+    )  # fmt: skip
     if device_of(config) == "cpu":
-        requests = config.prompts_per_step * config.group_size
-        return args | {"device": "cpu", "dtype": "float32", "max_running_requests": requests, "disable_overlap_schedule": True,
-                       "max_total_tokens": 64 * requests, "disable_cuda_graph": True}  # fmt: skip
-    return args | {
-        "device": "cuda",
-        "dtype": "bfloat16",
-        "mem_fraction_static": config.mem_fraction,
-        "enable_memory_saver": True,
-        "enforce_disable_flashinfer_allreduce_fusion": True,  # it needs NVLink multicast
-    }
+        samples = config.prompts_per_step * config.group_size
+        return args | dict(
+            device="cpu", dtype="float32", max_running_requests=samples, max_total_tokens=64 * samples,
+            sleep_on_idle=True,  # a scheduler that polls takes a core from the trainer
+        )  # fmt: skip
+    return args | dict(
+        device="cuda", dtype="bfloat16", mem_fraction_static=config.mem_fraction, enable_memory_saver=True,
+        disable_piecewise_cuda_graph=True,
+        enforce_disable_flashinfer_allreduce_fusion=True,  # it needs NVLink multicast
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response of an engine."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    logprobs: list[float]  # one a response token, in nats
+    weight_version: str
 
 
 class Engine:
-    """A Ray actor around one in-process `sglang.Engine`; create it with `max_concurrency=2`.
+    """A Ray actor around one in-process SGLang engine; create it with `max_concurrency=2`.
 
-    One call runs at a time. A second thread exists so that a call which arrives meanwhile is refused and not queued:
-    a sleep that overtakes a request kills SGLang's scheduler, and so do waking what is awake and generating asleep.
+    One call runs at a time. The second thread exists so that a call that comes meanwhile is refused, not queued: sleeping
+    with a request in flight kills the scheduler, and so do waking what is awake and generating asleep.
     """
 
     def __init__(self, placement: EnginePlacement, log: str):
-        # The scheduler reports its death by SIGQUIT, for which SGLang would kill this actor with all that it knows.
-        # Python installs handlers in the main thread alone, which is where Ray runs an actor's __init__.
+        # A scheduler reports its death by SIGQUIT, upon which SGLang would kill this actor with all that it knows.
+        # Handlers are set in the main thread, which is where Ray runs an actor's __init__.
         signal.signal(signal.SIGQUIT, signal.SIG_IGN)
-        self.placement, self.log, self.engine = placement, Path(log), None
-        self.log.parent.mkdir(parents=True, exist_ok=True)
         self.name = f"engine {placement.engine} (base_gpu_id {placement.base_gpu_id} on {placement.node_ip})"
-        self._asleep: set[str] = set()
-        self._running: str | None = None
+        self.log, self.engine, self._asleep, self._running = Path(log), None, set(), None
         self._lock = threading.Lock()
-        with open(self.log, "ab") as file:  # everything this process and its children print goes to the engine's log
-            for stream in (1, 2):
-                os.dup2(file.fileno(), stream)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log, "ab") as file:  # what this process and its children print goes to the engine's log
+            os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
 
-    def start(self, config: Config, model: str) -> list[dict[str, Any]]:
-        """Start SGLang; returns, for each tp_rank, what its scheduler process sees (visible list, index, UUID)."""
+    def start(self, args: dict[str, Any]) -> list[dict[str, Any]]:
+        """Start SGLang; returns, by tp_rank, what each scheduler process sees (visible list, local index, UUID)."""
         with self._exclusive("start"):
-            if device_of(config) == "cpu":
-                prepare_cpu_engine(self.log.parent / "cpu_stub")
+            if args["device"] == "cpu":
+                prepare_cpu_engine()
             from sglang.srt.entrypoints.engine import Engine as SGLangEngine
 
-            class ColocatedEngine(SGLangEngine):
-                run_scheduler_process_func = staticmethod(run_scheduler)
-
             port, self._port_lock = reserve_port()
+            ours = type("ColocatedEngine", (SGLangEngine,), {"run_scheduler_process_func": staticmethod(run_scheduler)})
             try:
-                self.engine = ColocatedEngine(**engine_args(config, self.placement, model, port))
+                self.engine = ours(**args, nccl_port=port)
             except Exception as error:
-                traceback.print_exc()
-                raise EngineError(f"{self.name} did not start ({error}): {explain_failure(self.read_log())}") from error
+                traceback.print_exc()  # into the log
+                raise EngineError(f"{self.name} did not start: {explain_failure(self.read_log())}") from error
             return [info["reading"] for info in self.engine._scheduler_init_result.scheduler_infos]
 
     def generate(self, prompts: list[list[int]], sampling: list[dict[str, Any]], timeout_s: float) -> list[Sample]:
-        """Token ids in, token ids and log-probabilities out; `sampling[i]` may carry a `sampling_seed` of its own."""
-        outputs = self._call("generate_request", "GenerateReqInput", timeout_s, awake=MEMORY_TAGS, input_ids=prompts,
-                             sampling_params=sampling, return_logprob=True)  # fmt: skip
+        """Token ids in, token ids and log-probabilities out; each `sampling` may carry its own `sampling_seed`."""
+        outputs = self._call("generate_request", "GenerateReqInput", timeout_s, awake=MEMORY_TAGS,
+                             input_ids=prompts, sampling_params=sampling, return_logprob=True)  # fmt: skip
         return [Sample(prompt, out["output_ids"], [entry[0] for entry in out["meta_info"]["output_token_logprobs"]],
                        out["meta_info"]["weight_version"]) for prompt, out in zip(prompts, outputs, strict=True)]  # fmt: skip
 
     def sleep(self, tags: Sequence[str] = MEMORY_TAGS) -> None:
         """Release the GPU memory behind the tags. Weights come back as garbage: send them after the wake."""
-        self._call("release_memory_occupation", "ReleaseMemoryOccupationReqInput", awake=tags, then_asleep=tags,
-                   tags=list(tags))  # fmt: skip
+        self._call("release_memory_occupation", "ReleaseMemoryOccupationReqInput", awake=tags, tags=list(tags))
+        self._asleep |= set(tags)
 
     def wake(self, tags: Sequence[str] = MEMORY_TAGS) -> None:
         """Take the memory behind the tags again."""
         self._call("resume_memory_occupation", "ResumeMemoryOccupationReqInput", asleep=tags, tags=list(tags))
+        self._asleep -= set(tags)
 
     def update_weights(self, buckets: list[bytes], version: str, last: bool) -> None:
-        """Load one bucket of weights; `buckets[r]` is for tp_rank r, from the trainer rank on the same GPU.
+        """Load a bucket of weights; `buckets[r]` is for tp_rank r, and names memory on its own GPU.
 
-        Each scheduler opens its own entry exactly once: a handle opened twice, or never, leaks device memory.
+        Each scheduler opens its entry exactly once: a handle opened twice, or never, leaks device memory.
         """
-        # What the KV cache holds came from the old weights; a cache that sleeps was flushed on its way down.
+        # A KV cache is from older weights, so it is flushed; one that sleeps was flushed on its way down.
         success, message = self._call(
             "update_weights_from_tensor", "UpdateWeightsFromTensorReqInput", awake=["weights"],
             serialized_named_tensors=buckets, load_format="flattened_bucket",
             flush_cache=last and "kv_cache" not in self._asleep, weight_version=version if last else None)  # fmt: skip
         if not success:
-            raise EngineError(f"{self.name} refused the weights of version {version}: {message}")
+            raise EngineError(f"{self.name}: update_weights to version {version} failed: {message}")
 
     def check_weights(self, action: str) -> None:
-        """SGLang's checker: "snapshot" keeps the weights, "reset_tensors" overwrites them, "compare" wants equality."""
+        """SGLang's checker: "snapshot" keeps the weights, "reset_tensors" overwrites them, "compare" wants them equal."""
         success, message, *_ = self._call("check_weights", "CheckWeightsReqInput", awake=["weights"], action=action)
         if not success:
-            raise EngineError(f"{self.name}: weights check {action!r} failed: {message}")
+            raise EngineError(f"{self.name}: check_weights {action!r} failed: {message}")
 
     def read_log(self) -> str:
         return self.log.read_text(errors="replace")
 
     def shutdown(self) -> None:
-        """End SGLang's processes; the actor itself stays until Ray ends it."""
+        """End SGLang's processes; at once, whatever is in flight."""
         if self.engine is not None:
             self.engine.shutdown()
             self.engine = None
 
     @contextlib.contextmanager
     def _exclusive(self, call: str, awake: Sequence[str] = (), asleep: Sequence[str] = ()) -> Iterator[None]:
-        """One call at a time, on an engine that is up and whose tags are in the state that the call needs."""
+        """Refuse a call that comes while another runs, or whose tags are not in the state that it needs."""
         if not self._lock.acquire(blocking=False):
             raise EngineError(f"{self.name}: {call} while {self._running} is in flight; wait for that, then call again")
         try:
             self._running = call
-            if (self.engine is None) != (call == "start"):
-                raise EngineError(f"{self.name}: {call} on an engine that is {'not up' if self.engine is None else 'up'}")
             if unknown := {*awake, *asleep} - set(MEMORY_TAGS):
-                raise EngineError(f"{self.name}: {call} with tags {sorted(unknown)}; expected some of {MEMORY_TAGS}")
-            if wrong := self._asleep & set(awake):
-                raise EngineError(f"{self.name}: {call} needs {sorted(wrong)} awake, but they sleep; wake them first")
-            if wrong := set(asleep) - self._asleep:
-                raise EngineError(f"{self.name}: {call} on {sorted(wrong)}, awake already; only what sleeps can wake")
+                raise EngineError(f"{self.name}: {call} with the tags {sorted(unknown)}; expected some of {MEMORY_TAGS}")
+            if (self.engine is None) != (call == "start"):
+                raise EngineError(f"{self.name}: {call} while the engine is {'up' if self.engine else 'not up'}")
+            if sleeping := self._asleep & set(awake):
+                raise EngineError(f"{self.name}: {call} needs {sorted(sleeping)} awake; wake them first")
+            if waking := set(asleep) - self._asleep:
+                raise EngineError(f"{self.name}: {call} on {sorted(waking)}, which are awake; only what sleeps can wake")
             yield
         finally:
             self._running = None
             self._lock.release()
 
-    def _call(self, method: str, request: str, timeout_s: float = 300, awake: Sequence[str] = (),
-              asleep: Sequence[str] = (), then_asleep: Sequence[str] = (), **fields: Any) -> Any:  # fmt: skip
-        """Await a request of SGLang's tokenizer manager until done, a process of the engine died, or the limit passed."""
+    def _call(self, method: str, request: str, timeout_s: float = 300.0, awake: Sequence[str] = (),
+              asleep: Sequence[str] = (), **fields: Any) -> Any:  # fmt: skip
+        """Ask SGLang's tokenizer manager, until it answers, a process of the engine dies, or the limit passes."""
         from sglang.srt.managers import io_struct
 
-        async def watched() -> Any:
+        async def answer() -> Any:
             manager = self.engine.tokenizer_manager
-            answer = getattr(manager, method)(getattr(io_struct, request)(**fields))
-            task = asyncio.ensure_future(anext(answer) if hasattr(answer, "__anext__") else answer)
+            reply = getattr(manager, method)(getattr(io_struct, request)(**fields))
+            task = asyncio.ensure_future(anext(reply) if hasattr(reply, "__anext__") else reply)
             deadline = time.monotonic() + timeout_s
             while not (await asyncio.wait([task], timeout=1))[0]:
                 dead = [process.pid for process in manager._subprocess_watchdog._processes if not process.is_alive()]
                 if dead or time.monotonic() > deadline:
                     task.cancel()
                     reason = f"lost its processes {dead}" if dead else f"did not answer within {timeout_s:g} s"
-                    raise EngineError(f"{self.name}: {method}: the engine {reason}: {explain_failure(self.read_log())}")
+                    raise EngineError(f"{self.name}: {method}: {reason}: {explain_failure(self.read_log())}")
             return task.result()
 
         with self._exclusive(method, awake, asleep):
-            result = self.engine.loop.run_until_complete(watched())
-            self._asleep = self._asleep - set(asleep) | set(then_asleep)
-            return result
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One response of the engine."""
-
-    prompt_ids: list[int]
-    response_ids: list[int]
-    logprobs: list[float]  # one a response token, nats
-    weight_version: str
+            return self.engine.loop.run_until_complete(answer())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Trainer: one Ray actor a GPU; FSDP2; offload and onload; weights out
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-@dataclass
-class Batch:
-    """Responses to train on, padded on the right. B sequences of T tokens; position t of the others is token t + 1."""
-
-    tokens: torch.Tensor  # [B, T] prompt, response, padding
-    mask: torch.Tensor  # [B, T-1] 1.0 where token t + 1 belongs to the response
-    rollout_logprobs: torch.Tensor  # [B, T-1] nats, from the engine
-    advantages: torch.Tensor  # [B]
-
-    def __getitem__(self, rows: Any) -> Batch:
-        return Batch(*(getattr(self, column.name)[rows] for column in dataclasses.fields(self)))
-
-    def to(self, device: torch.device) -> Batch:
-        return Batch(*(getattr(self, column.name).to(device) for column in dataclasses.fields(self)))
+Batch = dict[str, torch.Tensor]  # see make_batch
 
 
 class Trainer:
-    """The policy and its optimizer on one GPU, sharded with all other ranks."""
+    """A Ray actor on one GPU: the policy and its optimizer, sharded over all ranks."""
 
     def __init__(self, rank: int, bundle: Bundle, config: Config):
-        import transformers  # noqa: F401  slow, so it happens here, while the engines start
-
         if device_of(config) == "cpu":
-            prepare_cpu_engine(Path(tempfile.mkdtemp(prefix="colocate_rl-")))
+            prepare_cpu_engine()
+        import transformers  # noqa: F401  slow: here it happens while the engines start
+
         self.rank, self.config, self.node_ip = rank, config, bundle.node_ip
-        self.device = torch.device("cpu") if device_of(config) == "cpu" else torch.device("cuda", bundle.local_index)
-        self.send_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self._bucket = None
-        self._host: list[torch.Tensor] = []  # what was offloaded, in the order of _storages
+        self.on_gpu = device_of(config) == "cuda"
+        self.device = torch.device("cuda", bundle.local_index) if self.on_gpu else torch.device("cpu")
+        self.reading = {"rank": rank, **read_device(self.device.type, bundle.local_index)}
+        self._host: list[torch.Tensor] = []  # what offload moved, in the order of _storages
+        self._sent: Any = None  # keeps the last bucket alive while the engine reads it
 
-    def listen(self) -> tuple[str, int]:
-        """Rank 0: open the rendezvous of all ranks, on the node's own address and a port that the kernel picks."""
-        self._listener = socket.create_server((self.node_ip, 0))
-        return self._listener.getsockname()
+    def rendezvous(self) -> str:
+        """Where all ranks meet: an address on rank 0's node."""
+        port, self._port_lock = reserve_port()
+        return f"tcp://{self.node_ip}:{port}"
 
-    def start(self, address: tuple[str, int], world_size: int, model: str) -> dict[str, Any]:
-        """Join the process group and load the model; returns which device this process uses."""
+    def start(self, address: str, world_size: int, model: str) -> dict[str, Any]:
+        """Join the process group and load the model; returns what this process sees, and its number of buckets."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         from transformers import AutoModelForCausalLM
 
-        limit = timedelta(seconds=self.config.timeout)
-        listener = {"master_listen_fd": self._listener.detach(), "wait_for_workers": False} if self.rank == 0 else {}
-        store = dist.TCPStore(*address, world_size, self.rank == 0, limit, **listener)
-        on_gpu = self.device.type == "cuda"
-        if on_gpu:
+        if self.on_gpu:
             torch.cuda.set_device(self.device)
         else:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))  # Ray sets 1
-        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=self.rank, world_size=world_size,
-                                timeout=limit, device_id=self.device if on_gpu else None)  # fmt: skip
-        mesh = dist.init_device_mesh(self.device.type, (world_size,))
-        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if on_gpu else MixedPrecisionPolicy()
+        dist.init_process_group("nccl" if self.on_gpu else "gloo", init_method=address, rank=self.rank,
+                                world_size=world_size, timeout=timedelta(seconds=self.config.timeout))  # fmt: skip
+        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if self.on_gpu else MixedPrecisionPolicy()
+        shard = dict(mesh=dist.init_device_mesh(self.device.type, (world_size,)), mp_policy=precision,
+                     reshard_after_forward=True)  # fmt: skip
 
         def load() -> torch.nn.Module:
             network = AutoModelForCausalLM.from_pretrained(
-                model, dtype=torch.float32, trust_remote_code=self.config.trust_remote_code
-            ).to(self.device)
+                model, dtype=torch.float32, trust_remote_code=self.config.trust_remote_code).to(self.device)  # fmt: skip
             for module in network.modules():
-                if type(module).__name__ in network._no_split_modules:
-                    fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
-            return fully_shard(network, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+                if type(module).__name__ in network._no_split_modules:  # one decoder layer
+                    fully_shard(module, **shard)
+            return fully_shard(network, **shard)
 
-        self.model, self.reference = load(), load().requires_grad_(False) if self.config.kl_coef else None
+        self.model = load()
+        self.reference = load().requires_grad_(False) if self.config.kl_coef else None
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate, weight_decay=0.0)
-        return {"rank": self.rank, "local_index": self.device.index, "pid": os.getpid(),
-                "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
-                "uuid": device_uuid(self.device.index) if on_gpu else None}  # fmt: skip
+        self.send_dtype = torch.bfloat16 if self.on_gpu else torch.float32
+        self.buckets, room = [], 0
+        for name, parameter in self.model.named_parameters():  # tied weights are named once
+            room -= parameter.numel() * self.send_dtype.itemsize
+            if room < 0 or not self.buckets:
+                self.buckets.append([])
+                room = self.config.bucket_mib * 2**20 - parameter.numel() * self.send_dtype.itemsize
+            self.buckets[-1].append(name)
+        return self.reading | {"buckets": len(self.buckets)}
 
     def train(self, batches: list[Batch], num_tokens: list[int]) -> dict[str, float]:
-        """One optimizer step for each batch, this rank's share; `num_tokens` are response tokens over all ranks."""
-        batches = [batch.to(self.device) for batch in batches]
+        """One optimizer step for each batch, of which this is the rank's share; `num_tokens` counts all ranks'."""
+        config, losses, norms = self.config, [], []
+        batches = [{name: column.to(self.device) for name, column in batch.items()} for batch in batches]
         with torch.no_grad():
-            old = [self._logprobs(self.model, batch) for batch in batches]
-            reference = [self._logprobs(self.reference, b) if self.reference else None for b in batches]
-        differences = torch.cat([(o - b.rollout_logprobs).abs()[b.mask > 0] for o, b in zip(old, batches, strict=True)])
-        losses, norms = [], []
-        for batch, old_logprobs, ref_logprobs, total in zip(batches, old, reference, num_tokens, strict=True):
-            loss_sum = 0.0
-            for rows in torch.arange(len(batch.tokens)).split(self.config.micro_batch):
-                part = batch[rows]
+            for batch in batches:
+                batch["old"] = self._logprobs(self.model, batch["tokens"])
+                batch["ref"] = self._logprobs(self.reference, batch["tokens"]) if self.reference else batch["old"]
+        difference = torch.cat([(batch["old"] - batch["rollout"]).abs()[batch["mask"] > 0] for batch in batches])
+        for batch, total in zip(batches, num_tokens, strict=True):
+            losses.append(0.0)
+            for rows in torch.arange(len(batch["tokens"])).split(config.micro_batch):
+                part = {name: column[rows] for name, column in batch.items()}
                 loss = grpo_loss(
-                    self._logprobs(self.model, part), old_logprobs[rows], part.advantages, part.mask, num_tokens=total,
-                    clip_low=self.config.clip_low, clip_high=self.config.clip_high, kl_coef=self.config.kl_coef,
-                    ref_logprobs=None if ref_logprobs is None else ref_logprobs[rows],
-                    rollout_logprobs=part.rollout_logprobs, importance_cap=self.config.importance_cap)  # fmt: skip
-                (loss * dist.get_world_size()).backward()  # FSDP averages gradients over ranks; the loss is a sum
-                loss_sum += loss.item()
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+                    self._logprobs(self.model, part["tokens"]), part["old"], part["advantages"], part["mask"],
+                    num_tokens=total, clip_low=config.clip_low, clip_high=config.clip_high, ref_logprobs=part["ref"],
+                    kl_coef=config.kl_coef, rollout_logprobs=part["rollout"],
+                    importance_cap=config.importance_cap)  # fmt: skip
+                (loss * dist.get_world_size()).backward()  # FSDP averages over ranks; the loss is a share of a sum
+                losses[-1] += loss.item()
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+            norms.append(norm.full_tensor().item())
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            losses.append(loss_sum)
-            norms.append(norm.full_tensor().item())
         return {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms),
-                "difference_max": differences.max().item(), "difference_sum": differences.sum().item()}  # fmt: skip
+                "difference_max": difference.max().item(), "difference_sum": difference.sum().item()}  # fmt: skip
 
-    def _logprobs(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Log-probability of every next token, [B, T-1]. Padding stands on the right, so causal attention needs no mask."""
-        parts = []
-        for tokens in batch.tokens.split(self.config.micro_batch):
-            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()  # [b, T-1, V]
-            parts.append(token_logprobs(logits / self.config.temperature, tokens[:, 1:]))
-        return torch.cat(parts)
-
-    # -- memory: everything this rank keeps on the device leaves for the host while the engine generates
+    def _logprobs(self, model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        """Log-probability of each next token, [B, T] -> [B, T-1]. Padding is on the right, so causality is mask enough."""
+        rows = [token_logprobs(model(input_ids=part, use_cache=False).logits[:, :-1].float() / self.config.temperature,
+                               part[:, 1:]) for part in tokens.split(self.config.micro_batch)]  # fmt: skip
+        return torch.cat(rows)
 
     def _storages(self) -> list[torch.UntypedStorage]:
-        states = [state[name] for state in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        """All that this rank keeps on its device between steps."""
         weights = [*self.model.parameters(), *(self.reference.parameters() if self.reference else ())]
-        return [tensor.to_local().untyped_storage() for tensor in (*weights, *states)]
+        moments = [state[name] for state in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        return [tensor.to_local().untyped_storage() for tensor in (*weights, *moments)]
 
     def offload(self) -> None:
-        """Copy weights and optimizer state to pinned host memory, which is kept, and give up the device's."""
-        self._bucket = None
-        storages, on_gpu = self._storages(), self.device.type == "cuda"
-        for storage in storages[len(self._host) :]:
-            self._host.append(torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=on_gpu))
+        """Copy weights and optimizer state to host memory, pinned and kept for the whole run, and give up the device's."""
+        self._sent, storages = None, self._storages()
+        self._host += [torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=self.on_gpu)
+                       for storage in storages[len(self._host) :]]  # fmt: skip
         for storage, host in zip(storages, self._host, strict=True):
             host.copy_(_bytes_of(storage), non_blocking=True)
-        if on_gpu:
+        if self.on_gpu:
             torch.cuda.synchronize()
         for storage in storages:
             storage.resize_(0)
-        if on_gpu:
+        if self.on_gpu:
             torch.cuda.ipc_collect()
             torch.cuda.empty_cache()
 
     def onload(self) -> None:
-        """Bring back what `offload` moved. Tensors keep their identity: only the storage behind them comes and goes."""
-        for storage, host in zip(self._storages(), self._host, strict=False):
+        """Bring back what `offload` moved. Tensors stay the same objects: only the storage behind them comes and goes."""
+        for storage, host in zip(self._storages(), self._host, strict=True):
             storage.resize_(host.nbytes)
             _bytes_of(storage).copy_(host, non_blocking=True)
-        if self.device.type == "cuda":
+        if self.on_gpu:
             torch.cuda.synchronize()
 
-    # -- weights out
-
-    def num_buckets(self) -> int:
-        """Group the parameters into buckets of at most `bucket_mib`; a larger parameter is one by itself."""
-        self._plan, size = [[]], 0
-        for name, parameter in self.model.named_parameters():  # tied weights are named once
-            nbytes = parameter.numel() * self.send_dtype.itemsize
-            if self._plan[-1] and size + nbytes > self.config.bucket_mib * 2**20:
-                self._plan, size = [*self._plan, []], 0
-            self._plan[-1].append(name)
-            size += nbytes
-        return len(self._plan)
-
     def weight_bucket(self, index: int) -> bytes:
-        """All ranks at once: gather a bucket's full tensors, flatten them, and return a handle to this rank's copy.
+        """All ranks at once: gather a bucket's full tensors on every rank; returns a handle to this rank's copy.
 
-        The memory itself goes through CUDA IPC, or through shared memory on a CPU. It lives until the next call here.
+        The tensors themselves pass through CUDA IPC, or shared memory on a CPU. They live until the next bucket or offload.
         """
         from sglang.srt.utils import MultiprocessingSerializer
         from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
         from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
-        if self.device.type == "cuda":
-            monkey_patch_torch_reductions()  # names the device by UUID in the handle
-        torch.multiprocessing.set_sharing_strategy("file_system")  # by name: the scheduler is not a child of this process
-        parameters, self._bucket = dict(self.model.named_parameters()), None
-        bucket = FlattenedTensorBucket([(name, self._full(parameters[name])) for name in self._plan[index]])
-        self._bucket = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()  # the reader is another process, which does not wait for this stream
-        return MultiprocessingSerializer.serialize(self._bucket)
+        if self.on_gpu:
+            monkey_patch_torch_reductions()  # the handle names its device by UUID
+        torch.multiprocessing.set_sharing_strategy("file_system")  # by name: the reader is no child of this process
+        parameters, self._sent = dict(self.model.named_parameters()), None
+        bucket = FlattenedTensorBucket([(name, self._full(parameters[name])) for name in self.buckets[index]])
+        self._sent = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
+        if self.on_gpu:
+            torch.cuda.synchronize()  # the reader, in another process, does not wait for this stream
+        return MultiprocessingSerializer.serialize(self._sent)
 
     def _full(self, parameter: torch.Tensor) -> torch.Tensor:
         return parameter.detach().to(self.send_dtype).full_tensor()
@@ -901,132 +801,107 @@ def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
 def group_advantages(rewards: torch.Tensor, scale: bool = True) -> torch.Tensor:
     """Advantages of G responses to each of P prompts, [P, G] -> [P, G] (DeepSeekMath, section 4.1).
 
-    A group whose rewards are all equal gets exact zeros. With `scale=False` the mean is taken off but the group's
-    standard deviation is not divided by (Dr. GRPO, arXiv:2503.20783).
+    A group of equal rewards gets exact zeros. `scale=False` does not divide by the group's standard deviation (Dr. GRPO,
+    arXiv:2503.20783).
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     if scale:
         centred = centred / (rewards.std(dim=1, keepdim=True) + 1e-6)
-    return torch.where(rewards == rewards[:, :1], 0.0, 1.0).amax(dim=1, keepdim=True) * centred
+    return centred.masked_fill((rewards == rewards[:, :1]).all(dim=1, keepdim=True), 0.0)
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities (nats) of the tokens, [B, T, V] and [B, T] -> [B, T]."""
+    """Log-probabilities of the tokens in nats, [B, T, V], [B, T] -> [B, T]."""
     return -torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
 
 
-def grpo_loss(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    num_tokens: float | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    ref_logprobs: torch.Tensor | None = None,
-    kl_coef: float = 0.0,
-    rollout_logprobs: torch.Tensor | None = None,
-    importance_cap: float = 0.0,
-) -> torch.Tensor:
-    """The clipped policy-gradient loss, summed over response tokens and divided by `num_tokens`; a scalar.
+def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, *,
+              num_tokens: float | None = None, clip_low: float = 0.2, clip_high: float = 0.28,
+              ref_logprobs: torch.Tensor | None = None, kl_coef: float = 0.0,
+              rollout_logprobs: torch.Tensor | None = None, importance_cap: float = 0.0) -> torch.Tensor:  # fmt: skip
+    """The clipped policy-gradient loss, a scalar: the sum over response tokens divided by `num_tokens`.
 
-    Args:
-        logprobs: [B, T] nats, with gradient: the policy that learns.
-        old_logprobs: [B, T] the trainer's own, before the first update on this batch.
-        advantages: [B], or broadcastable to [B, T].
-        mask: [B, T] 1 for response tokens, 0 elsewhere.
-        num_tokens: response tokens of the *whole* batch, over micro-batches and ranks, so that the sum of all their
-            losses is the mean over tokens however the batch is split (DAPO, equation 8). Default: those of `mask`.
-        clip_low, clip_high: the ratio is held in [1 - clip_low, 1 + clip_high] (DAPO, section 3.1).
-        ref_logprobs, kl_coef: [B, T] adds kl_coef times the k3 estimate of KL(policy || reference)
-            (joschu.net/blog/kl-approx.html).
-        rollout_logprobs, importance_cap: [B, T] the engine's. Weighs each token by min(old / rollout, cap), since the
-            engine sampled from slightly other probabilities than the trainer's (truncated importance sampling); 0: off.
+    Args, log-probabilities in nats, [B, T]:
+        logprobs: of the policy that learns, with gradient.
+        old_logprobs: the trainer's own, before the first update on this batch.
+        advantages: [B], or what broadcasts to [B, T].
+        mask: [B, T], 1 for response tokens.
+        num_tokens: response tokens of the whole batch, over micro-batches and ranks, so that the sum of their losses is
+            the mean over tokens however the batch was split (DAPO, equation 8). Default: those of `mask`.
+        clip_low, clip_high: the ratio counts within [1 - clip_low, 1 + clip_high] (DAPO, section 3.1).
+        ref_logprobs, kl_coef: adds kl_coef x the k3 estimate of KL(policy || reference) (joschu.net/blog/kl-approx.html).
+        rollout_logprobs, importance_cap: the engine's; weighs tokens by min(old / rollout, cap), for they were sampled from
+            the engine's probabilities and not from the trainer's. 0: no weights.
     """
     advantages = advantages.unsqueeze(-1) if advantages.dim() == 1 else advantages  # [B] -> [B, 1]
     mask = mask.to(logprobs.dtype)
-    ratio = torch.exp((logprobs - old_logprobs) * mask)  # [B, T]; padding must not overflow
+    ratio = torch.exp((logprobs - old_logprobs) * mask)  # padding must not overflow
     loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
     if rollout_logprobs is not None and importance_cap > 0:
-        loss = loss * torch.exp((old_logprobs - rollout_logprobs) * mask).clamp(max=importance_cap).detach()
+        loss = loss * torch.exp((old_logprobs - rollout_logprobs) * mask).clamp(max=importance_cap)
     if ref_logprobs is not None and kl_coef > 0:
         difference = (ref_logprobs - logprobs) * mask
         loss = loss + kl_coef * (torch.exp(difference) - difference - 1)
-    return (loss * mask).sum() / (mask.sum().clamp(min=1) if num_tokens is None else num_tokens)
+    return (loss * mask).sum() / (mask.sum() if num_tokens is None else num_tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. Task: prompts, reward, the tiny model
 # ---------------------------------------------------------------------------------------------------------------------
 
-SHAPES = {
-    "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=64),
-    "0.6B": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, vocab_size=151936),
-    "4B": dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, vocab_size=151936),
+SHAPES = {  # hidden size, MLP size, layers, heads, KV heads, head size, vocabulary; the larger ones are Qwen3's own
+    "tiny": (64, 128, 2, 4, 2, 16, 64),
+    "0.6B": (1024, 3072, 28, 16, 8, 128, 151936),
+    "4B": (2560, 9728, 36, 32, 8, 128, 151936),
 }
 
 
 @dataclass(frozen=True)
-class Problem:
-    prompt_ids: list[int]
-    answer: str
-
-
-@dataclass(frozen=True)
 class Task:
-    """Problems to train on, others held out, and a verifier: text of a response, answer -> reward in [0, 1]."""
+    """Problems (prompt's token ids, answer), of which some are held out, and verify(text, answer) -> reward in [0, 1]."""
 
     tokenizer: Any
-    train: list[Problem]
-    heldout: list[Problem]
+    problems: list[tuple[list[int], str]]
     verify: Callable[[str, str], float]
 
-    def reward(self, problem: Problem, response_ids: list[int]) -> float:
-        return self.verify(self.tokenizer.decode(response_ids, skip_special_tokens=True), problem.answer)
+    def heldout(self) -> list[tuple[list[int], str]]:
+        return self.problems[:64]
 
-    def problems(self, seed: int, step: int, count: int) -> list[Problem]:
-        """The problems of a step, a function of (seed, step) alone."""
-        return random.Random(f"{seed}/{step}").choices(self.train, k=count)
+    def draw(self, seed: int, step: int, count: int) -> list[tuple[list[int], str]]:
+        """The training problems of a step, as a function of (seed, step) alone."""
+        return random.Random(f"{seed}/{step}").sample(self.problems[64:], count)
 
-
-def split_heldout(problems: list[Problem], count: int = 64) -> tuple[list[Problem], list[Problem]]:
-    random.Random(0).shuffle(problems)
-    return problems[count:], problems[:count]
+    def reward(self, answer: str, response_ids: list[int]) -> float:
+        return self.verify(self.tokenizer.decode(response_ids, skip_special_tokens=True), answer)
 
 
 def echo_task(config: Config, folder: Path) -> Task:
-    """A Qwen3 from random weights, written to `folder`, and what it learns: "472=" asks for its first digit, repeated.
+    """A Qwen3 from random weights, written to `folder`, and what it learns: "472=" wants its first digit, repeated.
 
-    The reward is the share of the answer's characters that are right, so the first lucky guess already counts.
+    The reward is the share of the answer's characters that are right, so that a lucky first guess already counts.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
     vocabulary = {token: index for index, token in enumerate(("<pad>", "<eos>", "=", *"0123456789"))}
     characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    characters.decoder = decoders.Fuse()
+    characters.pre_tokenizer, characters.decoder = pre_tokenizers.Split(Regex("."), "isolated"), decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
     tokenizer.save_pretrained(folder)
-    tiny = config.shape == "tiny"
+    hidden, mlp, layers, heads, kv_heads, head_dim, vocabulary_size = SHAPES[config.shape]
     torch.manual_seed(config.seed)
-    network = Qwen3ForCausalLM(Qwen3Config(
-        **SHAPES[config.shape], num_key_value_heads=2 if tiny else 8, head_dim=16 if tiny else 128,
-        initializer_range=0.06 if tiny else 0.02, max_position_embeddings=4096, tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None))  # fmt: skip
-    network.to(torch.float32 if tiny else torch.bfloat16).save_pretrained(folder)
-    length = config.max_new_tokens
-    problems = [Problem(tokenizer.encode(f"{number:03d}="), f"{number:03d}"[0] * length) for number in range(1000)]
-    return Task(tokenizer, *split_heldout(problems), lambda text, answer: _share_of_equal(text, answer))
-
-
-def _share_of_equal(text: str, answer: str) -> float:
-    return sum(a == b for a, b in zip(text, answer, strict=False)) / len(answer)
+    Qwen3ForCausalLM(Qwen3Config(
+        hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads, head_dim=head_dim,
+        num_key_value_heads=kv_heads, vocab_size=vocabulary_size, initializer_range=0.06 if hidden == 64 else 0.02,
+        tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None, max_position_embeddings=4096,
+    )).save_pretrained(folder)  # fmt: skip
+    problems = [(tokenizer.encode(f"{n:03d}="), f"{n:03d}"[0] * config.max_new_tokens) for n in range(1000)]
+    random.Random(0).shuffle(problems)
+    return Task(tokenizer, problems, lambda text, answer: sum(map(str.__eq__, text, answer)) / len(answer))
 
 
 def sums_task(config: Config) -> Task:
-    """Sums of two-digit numbers for a pretrained model, in its own chat template; right is right, all else is 0."""
+    """Sums of two-digit numbers for a pretrained model, in its own chat template; the last number of the text counts."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
@@ -1037,13 +912,9 @@ def sums_task(config: Config) -> Task:
         return tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True,
                                              return_dict=False, enable_thinking=False)  # fmt: skip
 
-    problems = [Problem(encode(f"What is {a} + {b}? Answer with the number only."), str(a + b))
-                for a in range(10, 100) for b in range(10, 100)]  # fmt: skip
-    return Task(tokenizer, *split_heldout(problems), _last_number_is)
-
-
-def _last_number_is(text: str, answer: str) -> float:
-    return float(re.findall(r"\d+", text)[-1:] == [answer])
+    pairs = random.Random(0).sample([(a, b) for a in range(10, 100) for b in range(10, 100)], 2000)
+    problems = [(encode(f"What is {a} + {b}? Answer with the number only."), str(a + b)) for a, b in pairs]
+    return Task(tokenizer, problems, lambda text, answer: float(re.findall(r"\d+", text)[-1:] == [answer]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1051,36 +922,44 @@ def _last_number_is(text: str, answer: str) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def each(actors: Sequence[Any], method: str, *args: Any, timeout_s: float) -> list[Any]:
-    """Call a method on all actors at once, and wait for all."""
-    return wait_for([getattr(actor, method).remote(*args) for actor in actors], timeout_s, f"{method} on {len(actors)} actors")
+class Loop:
+    """Engines and trainers that share the GPUs of a plan, and the phases of a step."""
 
-
-class Run:
-    """Engines and trainers on one placement group, and the phases of a step."""
-
-    def __init__(self, config: Config, folder: Path, task: Task, model: str, plan: list[EnginePlacement], group: Any):
-        self.config, self.folder, self.task, self.plan = config, folder, task, plan
-        self.seconds: dict[str, float] = {}
-        self.version = 0
-        bundles = [bundle for placement in plan for bundle in placement.bundles]  # in the order of the trainers' ranks
-        self.engines = [ray.remote(Engine).options(max_concurrency=2, **on_bundle(group, placement.bundles[0].index,
-                        ENGINE_SHARE)).remote(placement, str(folder / f"engine{placement.engine}.log"))
-                        for placement in plan]  # fmt: skip
+    def __init__(self, config: Config, folder: Path, group: PlacementGroup, plan: list[EnginePlacement]):
+        self.config, self.plan, self.version, self.seconds = config, plan, 0, {}
+        bundles = [bundle for placement in plan for bundle in placement.bundles]  # rank by rank
+        self.engines = [ray.remote(Engine).options(
+            max_concurrency=2, **on_bundle(group, placement.bundles[0].index, ENGINE_SHARE)
+        ).remote(placement, str(folder / f"engine{placement.engine}.log")) for placement in plan]  # fmt: skip
         self.trainers = [ray.remote(Trainer).options(**on_bundle(group, bundle.index, TRAINER_SHARE)).remote(
-                         rank, bundle, config) for rank, bundle in enumerate(bundles)]  # fmt: skip
-        # The engines first: they size their KV cache by what is free, and see the GPU empty only once.
-        engine_devices = sum(self.call(self.engines, "start", config, model), [])
-        self.call(self.engines, "check_weights", "snapshot")
-        self.heldout_before = self.score_heldout()
-        self.call(self.engines, "sleep")
-        address = self.call(self.trainers[:1], "listen")[0]
-        trainer_devices = self.call(self.trainers, "start", address, len(bundles), model)
-        self.devices = check_same_device(trainer_devices, engine_devices)
-        self.check_sync()
+            rank, bundle, config) for rank, bundle in enumerate(bundles)]  # fmt: skip
 
-    def call(self, actors: Sequence[Any], method: str, *args: Any) -> list[Any]:
-        return each(actors, method, *args, timeout_s=self.config.timeout)
+    def each(self, actors: Sequence[Any], method: str, *args: Any) -> list[Any]:
+        """Call a method on all actors at once, and wait for all."""
+        return wait_for([getattr(actor, method).remote(*args) for actor in actors], self.config.timeout, method)
+
+    def start(self, task: Task, model: str) -> None:
+        """Start and check everything; ends with the trainers offloaded and the engines awake."""
+        self.task = task
+        # The engines first: they size their KV cache by what is free on the GPU.
+        starts = [engine.start.remote(engine_args(self.config, placement, model))
+                  for engine, placement in zip(self.engines, self.plan, strict=True)]  # fmt: skip
+        schedulers = sum(wait_for(starts, self.config.timeout, "start of the engines"), [])
+        self.each(self.engines, "check_weights", "snapshot")
+        self.heldout_before = self.score_heldout()
+        self.each(self.engines, "sleep")
+        address = self.each(self.trainers[:1], "rendezvous")[0]
+        readings = self.each(self.trainers, "start", address, len(self.trainers), model)
+        self.devices, self.num_buckets = check_same_device(readings, schedulers), readings[0]["buckets"]
+        # The sync, checked exactly: overwritten with noise and sent by the trainer, the weights must be those that the
+        # engine had loaded from the same file. SGLang compares on GPUs only; elsewhere step 0's log-probabilities tell.
+        self.each(self.engines, "wake", ["weights"])
+        self.each(self.engines, "check_weights", "reset_tensors")
+        self.sync_weights()
+        if device_of(self.config) == "cuda":
+            self.each(self.engines, "check_weights", "compare")
+        self.each(self.trainers, "offload")
+        self.each(self.engines, "wake", ["kv_cache", "cuda_graph"])
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -1089,94 +968,80 @@ class Run:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def step(self, step: int) -> dict[str, Any]:
-        self.seconds = {}
-        problems = self.task.problems(self.config.seed, step, self.config.prompts_per_step)
+        config, self.seconds = self.config, {}
+        problems = self.task.draw(config.seed, step, config.prompts_per_step)
         with self.phase("generate"):
-            samples = self.generate(problems, step)
-        rewards = torch.tensor([self.task.reward(problem, sample.response_ids) for problem, sample in samples])
-        rewards = rewards.view(len(problems), self.config.group_size)  # [P*G] -> [P, G]
+            samples = self.rollout([prompt for prompt, _ in problems], step)  # P*G samples, group after group
+        answers = [answer for _, answer in problems for _ in range(config.group_size)]
+        rewards = torch.tensor([self.task.reward(a, s.response_ids) for a, s in zip(answers, samples, strict=True)])
+        advantages = group_advantages(rewards.view(-1, config.group_size), config.scale_advantages)  # [P, G]
         with self.phase("sleep"):
-            self.call(self.engines, "sleep")
+            self.each(self.engines, "sleep")
         with self.phase("onload"):
-            self.call(self.trainers, "onload")
+            self.each(self.trainers, "onload")
         with self.phase("train"):
-            advantages = group_advantages(rewards, self.config.scale_advantages).flatten()  # [P, G] -> [P*G]
-            trained = self.train(make_batch([sample for _, sample in samples], advantages))
+            trained = self.train(make_batch(samples, advantages.flatten()))
         with self.phase("wake"):
-            self.call(self.engines, "wake", ["weights"])
+            self.each(self.engines, "wake", ["weights"])
         with self.phase("sync"):
             self.sync_weights()
         with self.phase("offload"):
-            self.call(self.trainers, "offload")
+            self.each(self.trainers, "offload")
         with self.phase("wake"):
-            self.call(self.engines, "wake", ["kv_cache", "cuda_graph"])
-        tokens = sum(len(sample.response_ids) for _, sample in samples)
-        scored = (step + 1) % self.config.heldout_every == 0 or step + 1 == self.config.steps
+            self.each(self.engines, "wake", ["kv_cache", "cuda_graph"])
+        tokens = sum(len(sample.response_ids) for sample in samples)
+        scored = (step + 1) % config.heldout_every == 0 or step + 1 == config.steps
         return {"step": step, "reward": rewards.mean().item(),
                 **({"heldout_reward": self.score_heldout()} if scored else {}),
                 "tokens_per_second": tokens / self.seconds["generate"], "response_tokens": tokens, **trained,
                 **{f"seconds_{name}": seconds for name, seconds in self.seconds.items()}}  # fmt: skip
 
-    def generate(self, problems: list[Problem], step: int) -> list[tuple[Problem, Sample]]:
-        """`group_size` samples of every problem, in order; the engines share them evenly."""
-        group = [problem for problem in problems for _ in range(self.config.group_size)]  # [P] -> [P*G]
+    def rollout(self, prompts: list[list[int]], step: int) -> list[Sample]:
+        """`group_size` samples of every prompt, [P] -> [P*G], each with a seed of its own."""
+        group = [prompt for prompt in prompts for _ in range(self.config.group_size)]
         seeds = random.Random(f"{self.config.seed}/{step}/sampling")
-        sampling = [{"sampling_seed": seeds.getrandbits(31), "temperature": self.config.temperature} for _ in group]
-        samples = self.ask_engines([problem.prompt_ids for problem in group], sampling)
+        samples = self.ask_engines(group, [{"sampling_seed": seeds.getrandbits(31), "temperature": self.config.temperature}
+                                           for _ in group])  # fmt: skip
         if stale := {sample.weight_version for sample in samples} - {str(self.version)}:
             raise EngineError(f"weight_version of samples is {stale}; expected {self.version}: a sync did not arrive")
-        return list(zip(group, samples, strict=True))
+        return samples
 
     def score_heldout(self) -> float:
         """Mean reward of greedy answers to the held-out problems."""
-        problems = self.task.heldout
-        samples = self.ask_engines([p.prompt_ids for p in problems], [{"temperature": 0.0, "sampling_seed": 0}] * len(problems))
-        return sum(self.task.reward(p, s.response_ids) for p, s in zip(problems, samples, strict=True)) / len(problems)
+        prompts, answers = zip(*self.task.heldout(), strict=True)
+        samples = self.ask_engines(list(prompts), [{"temperature": 0.0}] * len(prompts))
+        return sum(self.task.reward(a, s.response_ids) for a, s in zip(answers, samples, strict=True)) / len(answers)
 
     def ask_engines(self, prompts: list[list[int]], sampling: list[dict[str, Any]]) -> list[Sample]:
-        sampling = [{"max_new_tokens": self.config.max_new_tokens, **params} for params in sampling]
-        share = -(-len(prompts) // len(self.engines))
-        limit = self.config.timeout
-        refs = [engine.generate.remote(prompts[i * share : (i + 1) * share], sampling[i * share : (i + 1) * share], limit)
-                for i, engine in enumerate(self.engines)]  # fmt: skip
-        return sum(wait_for(refs, limit + 10, "generate"), [])
+        """Deal the prompts out to the engines in equal shares; answers come in the prompts' order."""
+        share, limit = -(-len(prompts) // len(self.engines)), self.config.timeout
+        sampling = [params | {"max_new_tokens": self.config.max_new_tokens} for params in sampling]
+        calls = [engine.generate.remote(prompts[i * share : (i + 1) * share], sampling[i * share : (i + 1) * share], limit)
+                 for i, engine in enumerate(self.engines)]  # fmt: skip
+        return sum(wait_for(calls, limit + 10, "generate"), [])
 
     def train(self, batch: Batch) -> dict[str, float]:
-        """Deal the batch out: update u of rank r gets an equal, contiguous share of the rows."""
-        updates, ranks = self.config.updates_per_step, len(self.trainers)
-        shares = torch.arange(len(batch.tokens)).view(updates, ranks, -1)  # [P*G] -> [updates, ranks, rows]
-        num_tokens = [int(batch.mask[rows.flatten()].sum()) for rows in shares]
-        refs = [trainer.train.remote([batch[shares[u, rank]] for u in range(updates)], num_tokens)
-                for rank, trainer in enumerate(self.trainers)]  # fmt: skip
-        results = wait_for(refs, self.config.timeout, "train")
+        """Deal the batch out: an equal share of rows to each rank in each update."""
+        ranks, updates = len(self.trainers), self.config.updates_per_step
+        rows = torch.arange(len(batch["tokens"])).view(updates, ranks, -1)  # [P*G] -> [updates, ranks, rows]
+        num_tokens = [int(batch["mask"][rows[update].flatten()].sum()) for update in range(updates)]
+        shares = [[{name: column[rows[update, rank]] for name, column in batch.items()} for update in range(updates)]
+                  for rank in range(ranks)]  # fmt: skip
+        calls = [trainer.train.remote(share, num_tokens) for trainer, share in zip(self.trainers, shares, strict=True)]
+        results = wait_for(calls, self.config.timeout, "train")
         return {"loss": sum(result["loss"] for result in results), "grad_norm": results[0]["grad_norm"],
                 "logprob_difference_max": max(result["difference_max"] for result in results),
                 "logprob_difference_mean": sum(r["difference_sum"] for r in results) / sum(num_tokens)}  # fmt: skip
 
     def sync_weights(self) -> None:
-        """Bucket by bucket from each trainer rank to the engine's scheduler on the same GPU."""
+        """Bucket by bucket, from each trainer rank to the scheduler on the same GPU."""
         self.version += 1
-        count = self.call(self.trainers, "num_buckets")[0]
-        for index in range(count):
-            buckets = self.call(self.trainers, "weight_bucket", index)
-            tp = self.config.gpus_per_engine
-            refs = [engine.update_weights.remote(buckets[i * tp : (i + 1) * tp], str(self.version), index + 1 == count)
-                    for i, engine in enumerate(self.engines)]  # fmt: skip
-            wait_for(refs, self.config.timeout, "update_weights")
-
-    def check_sync(self) -> None:
-        """Overwrite the engine's weights with noise, send the trainer's, and compare with what the engine had loaded.
-
-        Trainer and engine read the same file, so equality means that every weight arrives, unchanged, in its place.
-        SGLang's comparison needs a GPU; without one the log-probabilities of the first step are the check.
-        """
-        self.call(self.engines, "wake", ["weights"])
-        self.call(self.engines, "check_weights", "reset_tensors")
-        self.sync_weights()
-        if device_of(self.config) == "cuda":
-            self.call(self.engines, "check_weights", "compare")
-        self.call(self.trainers, "offload")
-        self.call(self.engines, "wake", ["kv_cache", "cuda_graph"])
+        tp = self.config.gpus_per_engine
+        for index in range(self.num_buckets):
+            handles, last = self.each(self.trainers, "weight_bucket", index), index + 1 == self.num_buckets
+            calls = [engine.update_weights.remote(handles[i * tp : (i + 1) * tp], str(self.version), last)
+                     for i, engine in enumerate(self.engines)]  # fmt: skip
+            wait_for(calls, self.config.timeout, "update_weights")
 
 
 def check_same_device(trainers: list[dict[str, Any]], schedulers: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -1185,104 +1050,104 @@ def check_same_device(trainers: list[dict[str, Any]], schedulers: list[dict[str,
              for t, s in zip(trainers, schedulers, strict=True)]  # fmt: skip
     if any(pair["trainer_uuid"] != pair["scheduler_uuid"] for pair in pairs):
         table = format_table([list(pairs[0]), *(list(pair.values()) for pair in pairs)])
-        raise PlacementError(f"trainer and engine do not share their GPUs; expected equal UUIDs in every row:\n{table}")
+        raise PlacementError(f"trainer_uuid and scheduler_uuid differ; expected the same GPU in each row:\n{table}\n"
+                             "Start both with the bundle's local_index, in processes that see the node's list.")  # fmt: skip
     return pairs
 
 
 def make_batch(samples: Sequence[Sample], advantages: torch.Tensor) -> Batch:
-    """Pad prompt + response on the right to the longest."""
+    """Pad B responses on the right: tokens [B, T]; mask and rollout log-probabilities [B, T-1]; advantages [B].
+
+    Position t of the [B, T-1] columns speaks of token t + 1, which the model predicts at position t.
+    """
     sequences = [torch.tensor(sample.prompt_ids + sample.response_ids) for sample in samples]
-    tokens = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)  # [B, T]
-    mask, logprobs = torch.zeros(2, len(samples), tokens.shape[1] - 1)  # [B, T-1] each
+    tokens = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    mask, rollout = torch.zeros(2, len(samples), tokens.shape[1] - 1)
     for row, sample in enumerate(samples):
-        start = len(sample.prompt_ids) - 1  # the first response token is predicted at the prompt's last position
-        mask[row, start : start + len(sample.response_ids)] = 1.0
-        logprobs[row, start : start + len(sample.response_ids)] = torch.tensor(sample.logprobs)
-    return Batch(tokens, mask, logprobs, advantages)
+        response = slice(len(sample.prompt_ids) - 1, len(sample.prompt_ids) - 1 + len(sample.response_ids))
+        mask[row, response], rollout[row, response] = 1.0, torch.tensor(sample.logprobs)
+    return {"tokens": tokens, "mask": mask, "rollout": rollout, "advantages": advantages}
 
 
 def plot(metrics: list[dict[str, Any]], path: Path) -> None:
-    """Reward and phase times by step."""
+    """Reward and phase times, by step."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 3.5), layout="constrained")
     reward, phases = figure.subplots(1, 2)
     steps = [row["step"] for row in metrics]
     reward.plot(steps, [row["reward"] for row in metrics], label="training prompts, sampled")
-    scored = [(row["step"], row["heldout_reward"]) for row in metrics if "heldout_reward" in row]
-    reward.plot(*zip(*scored, strict=True), "o-", label="held-out prompts, greedy")
+    reward.plot(*zip(*((row["step"], row["heldout_reward"]) for row in metrics if "heldout_reward" in row), strict=True),
+                "o-", label="held-out prompts, greedy")  # fmt: skip
     reward.set(xlabel="step", ylabel="reward", ylim=(0, 1.02))
     names = [name for name in metrics[0] if name.startswith("seconds_")]
-    phases.stackplot(steps, *([row[n] for row in metrics] for n in names), labels=[n.removeprefix("seconds_") for n in names])
+    phases.stackplot(steps, *([row[name] for row in metrics] for name in names), labels=[name[8:] for name in names])
     phases.set(xlabel="step", ylabel="seconds")
-    for axes in (reward, phases):
-        axes.legend()
+    reward.legend(), phases.legend()
     figure.savefig(path, dpi=110)
 
 
-def run(config: Config) -> dict[str, Any]:
-    """One whole run; returns what `summary.json` holds."""
-    start, device = time.perf_counter(), device_of(config)
-    folder = Path("runs", time.strftime("%Y%m%d-%H%M%S") + f"-{os.getpid()}").resolve()
+def run(config: Config) -> None:
+    """One whole run, from the placement group to the saved model."""
+    from tqdm import tqdm
+
+    start, metrics = time.perf_counter(), []
+    folder = Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").resolve()
     try:
         start_ray(config)
         group = create_placement_group(num_gpus(config), config.placement_timeout)
         plan = plan_engines(probe_bundles(group, config.placement_timeout), config.gpus_per_engine)
         print(placement_table(plan), flush=True)
         if config.dry_run:
-            return {}
+            return
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
-        model = folder / "model"
-        task = sums_task(config) if config.model else echo_task(config, model)
-        this = Run(config, folder, task, config.model or str(model), plan, group)
-        metrics = []
+        loop = Loop(config, folder, group, plan)
+        model = str(folder / "model")
+        task = sums_task(config) if config.model else echo_task(config, Path(model))
+        loop.start(task, config.model or model)
         with open(folder / "metrics.jsonl", "w", buffering=1) as file, tqdm(total=config.steps, unit="step") as bar:
             for step in range(config.steps):
-                row = this.step(step)
-                metrics.append(row)
-                file.write(json.dumps(row) + "\n")
+                metrics.append(loop.step(step))
+                file.write(json.dumps(metrics[-1]) + "\n")
                 bar.update()
-                bar.set_postfix(reward=f"{row['reward']:.3f}", tokens_per_second=f"{row['tokens_per_second']:.0f}")
-                bar.write(step_line(row))
+                bar.set_postfix_str(f"reward {metrics[-1]['reward']:.3f}")
+                bar.write(step_line(metrics[-1]))
+        loop.each(loop.trainers, "onload")
         if config.model:
-            task.tokenizer.save_pretrained(model)
             from transformers import AutoConfig
 
-            AutoConfig.from_pretrained(config.model).save_pretrained(model)
-        this.call(this.trainers, "onload")
-        this.call(this.trainers, "save", str(model))
+            task.tokenizer.save_pretrained(model)
+            AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code).save_pretrained(model)
+        loop.each(loop.trainers, "save", model)
         plot(metrics, folder / "reward.png")
-        versions = {name: importlib.metadata.version(name) for name in ("sglang", "torch", "ray", "transformers")}
-        summary = {"heldout_reward_before": this.heldout_before, "heldout_reward_after": metrics[-1]["heldout_reward"],
-                   "steps": config.steps, "wall_seconds": time.perf_counter() - start, "device": device,
-                   "devices": this.devices, "versions": versions}  # fmt: skip
+        summary = {"heldout_reward_before": loop.heldout_before, "heldout_reward_after": metrics[-1]["heldout_reward"],
+                   "steps": config.steps, "wall_seconds": time.perf_counter() - start, "device": device_of(config),
+                   "devices": loop.devices, "versions": {name: importlib.metadata.version(name) for name in
+                                                         ("sglang", "torch", "ray", "transformers")}}  # fmt: skip
         (folder / "summary.json").write_text(json.dumps(summary, indent=2))
-        print(f"held-out reward {this.heldout_before:.3f} -> {summary['heldout_reward_after']:.3f} in {config.steps} steps, "
-              f"{summary['wall_seconds']:.0f} s; see {folder}")  # fmt: skip
-        each(this.engines, "shutdown", timeout_s=60)
-        return summary
+        print(f"held-out reward {summary['heldout_reward_before']:.3f} -> {summary['heldout_reward_after']:.3f} after "
+              f"{config.steps} steps, {summary['wall_seconds']:.0f} s; see {folder}")  # fmt: skip
+        loop.each(loop.engines, "shutdown")
     finally:
-        ray.shutdown()  # ends every actor; SGLang's processes are set to die with theirs
+        ray.shutdown()  # ends every actor, and with them SGLang's processes, which are set to die with their parent
 
 
 def step_line(row: dict[str, Any]) -> str:
+    phases = "  ".join(f"{name[8:]} {seconds:.2f}" for name, seconds in row.items() if name.startswith("seconds_"))
     heldout = f"  heldout {row['heldout_reward']:.3f}" if "heldout_reward" in row else ""
-    phases = "  ".join(f"{name.removeprefix('seconds_')} {row[name]:.2f}" for name in row if name.startswith("seconds_"))
-    return (f"step {row['step']:4d}  reward {row['reward']:.3f}  {row['tokens_per_second']:7.0f} tok/s  "
-            f"logprob difference {row['logprob_difference_max']:.1e}  {phases}{heldout}")  # fmt: skip
+    return (f"step {row['step']:3d}  reward {row['reward']:.3f}  {row['tokens_per_second']:6.0f} tok/s  "
+            f"|dlogp| {row['logprob_difference_max']:.0e}  {phases} s{heldout}")  # fmt: skip
 
 
 def start_ray(config: Config) -> None:
-    """Join the cluster that RAY_ADDRESS names, or start one on this machine that listens on loopback alone."""
+    """Join the cluster that RAY_ADDRESS names, or start one on this machine; this file is shipped to every node."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    shipped = {"py_modules": [str(Path(__file__).resolve())]}
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(runtime_env=shipped, log_to_driver=False, logging_level="error")
-    else:
-        logical = {"num_gpus": num_gpus(config)} if device_of(config) == "cpu" else {}
-        ray.init(address="local", _node_ip_address="127.0.0.1", include_dashboard=False, runtime_env=shipped,
-                 log_to_driver=False, logging_level="error", **logical)  # fmt: skip
+    options = dict(runtime_env={"py_modules": [__file__]}, log_to_driver=False, logging_level="error")
+    if "RAY_ADDRESS" not in os.environ:
+        options |= dict(address="local", include_dashboard=False)
+        options |= dict(num_gpus=num_gpus(config)) if device_of(config) == "cpu" else {}
+    ray.init(**options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1291,22 +1156,19 @@ def start_ray(config: Config) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Config:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    groups: dict[str, Any] = {}
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    groups = {option.metadata["group"]: None for option in dataclasses.fields(Config)}
+    groups = {name: parser.add_argument_group(name) for name in groups}
     for option in dataclasses.fields(Config):
-        name = option.metadata["group"]
-        group = groups.setdefault(name, parser.add_argument_group(name) if name not in groups else None)
-        flag = "--" + option.name.replace("_", "-")
-        if isinstance(option.default, bool):
-            group.add_argument(flag, default=option.default, help=option.metadata["help"], action=argparse.BooleanOptionalAction)
-        else:
-            group.add_argument(flag, default=option.default, help=option.metadata["help"] or " ",
-                               type=type(option.default), choices=option.metadata["choices"])  # fmt: skip
+        kind = {"action": argparse.BooleanOptionalAction} if option.type == "bool" else {
+            "type": type(option.default), "choices": option.metadata["choices"]}  # fmt: skip
+        groups[option.metadata["group"]].add_argument(f"--{option.name.replace('_', '-')}", default=option.default,
+                                                      help=f"{option.metadata['help']} (%(default)s)", **kind)  # fmt: skip
     return Config(**vars(parser.parse_args(argv)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status: 0, 1 (failed), 2 (refused), 130 (Ctrl-C), 143 (SIGTERM)."""
+    """The command; returns its exit status: 0, 1 (failed), 2 (settings refused), 130 (Ctrl-C), 143 (SIGTERM)."""
     config = parse_args(argv)
     if problems := check_config(config):
         print("\n".join(problems), file=sys.stderr)
@@ -1323,8 +1185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # What this script defines would be called __main__.Engine, which neither Ray's workers nor SGLang's processes can
-    # import. Under its own name they can.
-    from colocate_rl import main as main_by_name
+    # What this script defines would be called __main__.Engine, which Ray's workers and SGLang's processes cannot import.
+    import colocate_rl
 
-    sys.exit(main_by_name())
+    sys.exit(colocate_rl.main())
