@@ -55,9 +55,7 @@ import torch.distributed as dist
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Settings
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 1. Settings ----------------------------------------------------------------------------------------------------
 
 
 def _option(default: Any, group: str, help: str, low: float | None = None, choices: tuple | None = None) -> Any:
@@ -138,9 +136,7 @@ def check_config(config: Config) -> list[str]:
     return problems
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Devices: visible list -> local index -> engine plan (pure)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 2. Devices: visible list -> local index -> engine plan (pure) --------------------------------------------------
 
 
 class PlacementError(ValueError):
@@ -263,9 +259,7 @@ def get_base_gpu_id(engine: int, gpus_per_engine: int, gpus_per_node: int) -> in
     return engine * gpus_per_engine % gpus_per_node
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Placement group: create, probe, show (Ray)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 3. Placement group: create, probe, show (Ray) ------------------------------------------------------------------
 
 # With this, Ray leaves CUDA_VISIBLE_DEVICES alone: an actor, the scheduler processes it starts and the trainers beside it
 # all see the node's list, and one local index means one device everywhere.
@@ -357,9 +351,7 @@ def placement_table(engines: Sequence[EnginePlacement]) -> str:
     return format_table(rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Engine: one Ray actor a SGLang engine, and what runs inside its scheduler processes
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 4. Engine: one Ray actor a SGLang engine, and what runs inside its scheduler processes -------------------------
 
 MEMORY_TAGS = ("kv_cache", "weights", "cuda_graph")  # SGLang's names for what can sleep
 
@@ -393,54 +385,37 @@ def explain_failure(log: str) -> str:
 
 def run_scheduler(server_args: Any, port_args: Any, gpu_id: int, tp_rank: int, *args: Any) -> None:
     """Runs in every scheduler process in place of SGLang's function of the same signature, and hands over to it."""
+    from sglang.srt.layers import sampler
     from sglang.srt.managers.scheduler import run_scheduler_process
 
-    on_gpu = server_args.device == "cuda"
-    if on_gpu:
+    if server_args.device == "cuda":
         torch.cuda.set_device(gpu_id)  # before any other CUDA call, which would leave a context on device 0
-    reading = read_device("cuda" if on_gpu else "cpu", gpu_id) | {"tp_rank": tp_rank}
-    seed_every_request(on_gpu)
+    else:
+        sampler.multinomial_with_seed = draw_with_seeds  # SGLang's own is a Triton kernel
     *ranks, pipe = args
-    run_scheduler_process(server_args, port_args, gpu_id, tp_rank, *ranks, ReadingPipe(pipe, reading))
+    pipe = ReadyPipe(pipe, read_device(server_args.device, gpu_id) | {"tp_rank": tp_rank})
+    run_scheduler_process(server_args, port_args, gpu_id, tp_rank, *ranks, pipe)
 
 
-def read_device(kind: str, local_index: int) -> dict[str, Any]:
-    """What the process that calls this sees and uses."""
-    return {"pid": os.getpid(), "visible": os.environ.get("CUDA_VISIBLE_DEVICES"), "local_index": local_index,
-            "uuid": device_uuid(local_index) if kind == "cuda" else None}  # fmt: skip
-
-
-class ReadingPipe:
-    """Adds what a scheduler process sees to the message by which it tells its parent that it is ready."""
+class ReadyPipe:
+    """What a scheduler process reports through, once, when it is ready: adds what the process sees."""
 
     def __init__(self, pipe: Any, reading: dict[str, Any]):
         self.pipe, self.reading = pipe, reading
 
     def send(self, message: dict[str, Any]) -> None:
+        from sglang.srt.server_args import get_global_server_args
+
+        # Set before, this selects kernels that a CPU lacks. The scheduler being built, all that still reads it is the
+        # sampler: with it, a draw depends on the request's seed and the position, not on who else is in the batch.
+        get_global_server_args().enable_deterministic_inference = True
         self.pipe.send({**message, "reading": self.reading})
 
 
-def seed_every_request(on_gpu: bool) -> None:
-    """Let a request's `sampling_seed` count without SGLang's deterministic mode, which a CPU cannot run.
-
-    SGLang's sampler uses seeds wherever the batch carries them, but fills them in only in that mode. With them, what is
-    drawn depends on the seed and the position, and not on which requests happened to share a batch.
-    """
-    from sglang.srt.layers import sampler
-    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
-
-    original = SamplingBatchInfo.from_schedule_batch.__func__
-
-    def from_schedule_batch(cls, batch, vocab_size):
-        info = original(cls, batch, vocab_size)
-        seeds = [request.sampling_params.sampling_seed for request in batch.reqs]
-        if None not in seeds:
-            info.sampling_seed = torch.tensor(seeds, dtype=torch.int64, device=batch.device)
-        return info
-
-    SamplingBatchInfo.from_schedule_batch = classmethod(from_schedule_batch)
-    if not on_gpu:
-        sampler.multinomial_with_seed = draw_with_seeds  # SGLang's own is a Triton kernel
+def read_device(kind: str, local_index: int) -> dict[str, Any]:
+    """What the calling process sees and uses."""
+    uuid = device_uuid(local_index) if kind == "cuda" else None
+    return dict(pid=os.getpid(), visible=os.environ.get("CUDA_VISIBLE_DEVICES"), local_index=local_index, uuid=uuid)
 
 
 def draw_with_seeds(logprobs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -454,9 +429,9 @@ def draw_with_seeds(logprobs: torch.Tensor, seeds: torch.Tensor, positions: torc
 def prepare_cpu_engine() -> None:
     """Let SGLang be imported where its compiled `sgl_kernel` cannot load for want of libcuda.
 
-    All that a CPU engine imports of it is `sgl_kernel.kvcacheio`, which it never calls. Child processes inherit sys.path.
+    All that a CPU engine imports of it is `sgl_kernel.kvcacheio`, and it calls none of that. Children inherit sys.path.
     """
-    package = Path(tempfile.gettempdir(), f"colocate_rl-cpu-{os.getuid()}", "sgl_kernel")
+    package = Path(tempfile.gettempdir(), f"colocate_rl-{os.getuid()}", "sgl_kernel")
     package.mkdir(parents=True, exist_ok=True)
     (package / "__init__.py").touch()
     (package / "kvcacheio.py").write_text(
@@ -468,38 +443,30 @@ def prepare_cpu_engine() -> None:
 
 
 def reserve_port() -> tuple[int, socket.socket]:
-    """A free TCP port below those that the kernel hands out, and the lock that keeps it ours while the socket lives.
+    """A free TCP port, held by a socket that is bound but does not listen.
 
-    The lock is an abstract unix address: of engines that start at once no two get it, and it dies with its process.
+    While the socket lives the kernel gives the port to nobody who asks for any, so engines that start at once never
+    collide; a server that is told the number can listen on it, since servers set SO_REUSEADDR as this socket does.
     """
-    for port in random.SystemRandom().sample(range(20000, 32000), 1000):
-        lock = socket.socket(socket.AF_UNIX)
-        with socket.socket() as probe, contextlib.suppress(OSError):  # taken: the next one, then
-            lock.bind(f"\0colocate_rl-{port}")
-            probe.bind(("", port))
-            return port, lock
-        lock.close()
-    raise EngineError("no free port in 1000 tries between 20000 and 32000; expected one. Free some, and start again.")
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("", 0))
+    return holder.getsockname()[1], holder
 
 
 def engine_args(config: Config, placement: EnginePlacement, model: str) -> dict[str, Any]:
     """The arguments of `sglang.Engine`, but for its port."""
-    args = dict(
-        model_path=model, trust_remote_code=config.trust_remote_code, context_length=config.context_length,
-        skip_tokenizer_init=True,  # token ids in, token ids out
-        base_gpu_id=placement.base_gpu_id, tp_size=len(placement.bundles), random_seed=config.seed, log_level="info",
-    )  # fmt: skip
-    if device_of(config) == "cpu":
+    args = dict(model_path=model, trust_remote_code=config.trust_remote_code, context_length=config.context_length,
+                base_gpu_id=placement.base_gpu_id, tp_size=len(placement.bundles), random_seed=config.seed,
+                skip_tokenizer_init=True, log_level="info", device=device_of(config))  # fmt: skip
+    if args["device"] == "cpu":
         samples = config.prompts_per_step * config.group_size
-        return args | dict(
-            device="cpu", dtype="float32", max_running_requests=samples, max_total_tokens=64 * samples,
-            sleep_on_idle=True,  # a scheduler that polls takes a core from the trainer
-        )  # fmt: skip
-    return args | dict(
-        device="cuda", dtype="bfloat16", mem_fraction_static=config.mem_fraction, enable_memory_saver=True,
-        disable_piecewise_cuda_graph=True,
-        enforce_disable_flashinfer_allreduce_fusion=True,  # it needs NVLink multicast
-    )  # fmt: skip
+        # sleep_on_idle: a scheduler that polls takes a core from the trainer
+        return args | dict(dtype="float32", max_running_requests=samples, max_total_tokens=64 * samples,
+                           sleep_on_idle=True)  # fmt: skip
+    # FlashInfer's all-reduce fusion needs NVLink multicast
+    return args | dict(dtype="bfloat16", mem_fraction_static=config.mem_fraction, enable_memory_saver=True,
+                       disable_piecewise_cuda_graph=True, enforce_disable_flashinfer_allreduce_fusion=True)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -633,9 +600,7 @@ class Engine:
             return self.engine.loop.run_until_complete(answer())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Trainer: one Ray actor a GPU; FSDP2; offload and onload; weights out
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 5. Trainer: one Ray actor a GPU; FSDP2; offload and onload; weights out ----------------------------------------
 
 Batch = dict[str, torch.Tensor]  # see make_batch
 
@@ -793,9 +758,7 @@ def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. GRPO (pure)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 6. GRPO (pure) -------------------------------------------------------------------------------------------------
 
 
 def group_advantages(rewards: torch.Tensor, scale: bool = True) -> torch.Tensor:
@@ -845,9 +808,7 @@ def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: to
     return (loss * mask).sum() / (mask.sum() if num_tokens is None else num_tokens)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. Task: prompts, reward, the tiny model
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 7. Task: prompts, reward, the tiny model -----------------------------------------------------------------------
 
 SHAPES = {  # hidden size, MLP size, layers, heads, KV heads, head size, vocabulary; the larger ones are Qwen3's own
     "tiny": (64, 128, 2, 4, 2, 16, 64),
@@ -917,9 +878,7 @@ def sums_task(config: Config) -> Task:
     return Task(tokenizer, problems, lambda text, answer: float(re.findall(r"\d+", text)[-1:] == [answer]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 8. Loop: phases, metrics
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 8. Loop: phases, metrics ----------------------------------------------------------------------------------------
 
 
 class Loop:
@@ -928,31 +887,31 @@ class Loop:
     def __init__(self, config: Config, folder: Path, group: PlacementGroup, plan: list[EnginePlacement]):
         self.config, self.plan, self.version, self.seconds = config, plan, 0, {}
         bundles = [bundle for placement in plan for bundle in placement.bundles]  # rank by rank
-        self.engines = [ray.remote(Engine).options(
-            max_concurrency=2, **on_bundle(group, placement.bundles[0].index, ENGINE_SHARE)
-        ).remote(placement, str(folder / f"engine{placement.engine}.log")) for placement in plan]  # fmt: skip
-        self.trainers = [ray.remote(Trainer).options(**on_bundle(group, bundle.index, TRAINER_SHARE)).remote(
-            rank, bundle, config) for rank, bundle in enumerate(bundles)]  # fmt: skip
+        engine, trainer = ray.remote(Engine), ray.remote(Trainer)
+        self.engines = [engine.options(max_concurrency=2, **on_bundle(group, place.bundles[0].index, ENGINE_SHARE)).remote(
+            place, str(folder / f"engine{place.engine}.log")) for place in plan]  # fmt: skip
+        self.trainers = [trainer.options(**on_bundle(group, bundle.index, TRAINER_SHARE)).remote(rank, bundle, config)
+                         for rank, bundle in enumerate(bundles)]  # fmt: skip
 
-    def each(self, actors: Sequence[Any], method: str, *args: Any) -> list[Any]:
-        """Call a method on all actors at once, and wait for all."""
-        return wait_for([getattr(actor, method).remote(*args) for actor in actors], self.config.timeout, method)
+    def each(self, actors: Sequence[Any], method: str, *common: Any, own: Sequence[tuple] | None = None) -> list[Any]:
+        """Call a method of all actors at once, with common arguments or each with its own, and wait for all."""
+        calls = [getattr(actor, method).remote(*(own[i] if own else common)) for i, actor in enumerate(actors)]
+        return wait_for(calls, self.config.timeout + 10, method)  # + 10: what has a limit of its own speaks first
 
     def start(self, task: Task, model: str) -> None:
         """Start and check everything; ends with the trainers offloaded and the engines awake."""
         self.task = task
         # The engines first: they size their KV cache by what is free on the GPU.
-        starts = [engine.start.remote(engine_args(self.config, placement, model))
-                  for engine, placement in zip(self.engines, self.plan, strict=True)]  # fmt: skip
-        schedulers = sum(wait_for(starts, self.config.timeout, "start of the engines"), [])
+        args = [(engine_args(self.config, placement, model),) for placement in self.plan]
+        schedulers = sum(self.each(self.engines, "start", own=args), [])
         self.each(self.engines, "check_weights", "snapshot")
         self.heldout_before = self.score_heldout()
         self.each(self.engines, "sleep")
         address = self.each(self.trainers[:1], "rendezvous")[0]
         readings = self.each(self.trainers, "start", address, len(self.trainers), model)
         self.devices, self.num_buckets = check_same_device(readings, schedulers), readings[0]["buckets"]
-        # The sync, checked exactly: overwritten with noise and sent by the trainer, the weights must be those that the
-        # engine had loaded from the same file. SGLang compares on GPUs only; elsewhere step 0's log-probabilities tell.
+        # The sync, checked exactly: overwritten with noise and then sent by the trainer, the weights must be those that
+        # the engine had loaded from the same file. SGLang compares on a GPU only; elsewhere log-probabilities must do.
         self.each(self.engines, "wake", ["weights"])
         self.each(self.engines, "check_weights", "reset_tensors")
         self.sync_weights()
@@ -971,8 +930,8 @@ class Loop:
         config, self.seconds = self.config, {}
         problems = self.task.draw(config.seed, step, config.prompts_per_step)
         with self.phase("generate"):
-            samples = self.rollout([prompt for prompt, _ in problems], step)  # P*G samples, group after group
-        answers = [answer for _, answer in problems for _ in range(config.group_size)]
+            samples = self.rollout([prompt for prompt, _ in problems], step)
+        answers = [answer for _, answer in problems for _ in range(config.group_size)]  # [P] -> [P*G]
         rewards = torch.tensor([self.task.reward(a, s.response_ids) for a, s in zip(answers, samples, strict=True)])
         advantages = group_advantages(rewards.view(-1, config.group_size), config.scale_advantages)  # [P, G]
         with self.phase("sleep"):
@@ -989,8 +948,8 @@ class Loop:
             self.each(self.trainers, "offload")
         with self.phase("wake"):
             self.each(self.engines, "wake", ["kv_cache", "cuda_graph"])
-        tokens = sum(len(sample.response_ids) for sample in samples)
         scored = (step + 1) % config.heldout_every == 0 or step + 1 == config.steps
+        tokens = sum(len(sample.response_ids) for sample in samples)
         return {"step": step, "reward": rewards.mean().item(),
                 **({"heldout_reward": self.score_heldout()} if scored else {}),
                 "tokens_per_second": tokens / self.seconds["generate"], "response_tokens": tokens, **trained,
@@ -1000,8 +959,8 @@ class Loop:
         """`group_size` samples of every prompt, [P] -> [P*G], each with a seed of its own."""
         group = [prompt for prompt in prompts for _ in range(self.config.group_size)]
         seeds = random.Random(f"{self.config.seed}/{step}/sampling")
-        samples = self.ask_engines(group, [{"sampling_seed": seeds.getrandbits(31), "temperature": self.config.temperature}
-                                           for _ in group])  # fmt: skip
+        sampling = [dict(sampling_seed=seeds.getrandbits(31), temperature=self.config.temperature) for _ in group]
+        samples = self.ask_engines(group, sampling)
         if stale := {sample.weight_version for sample in samples} - {str(self.version)}:
             raise EngineError(f"weight_version of samples is {stale}; expected {self.version}: a sync did not arrive")
         return samples
@@ -1009,29 +968,28 @@ class Loop:
     def score_heldout(self) -> float:
         """Mean reward of greedy answers to the held-out problems."""
         prompts, answers = zip(*self.task.heldout(), strict=True)
-        samples = self.ask_engines(list(prompts), [{"temperature": 0.0}] * len(prompts))
+        samples = self.ask_engines(prompts, [{"temperature": 0.0}] * len(prompts))
         return sum(self.task.reward(a, s.response_ids) for a, s in zip(answers, samples, strict=True)) / len(answers)
 
-    def ask_engines(self, prompts: list[list[int]], sampling: list[dict[str, Any]]) -> list[Sample]:
+    def ask_engines(self, prompts: Sequence[list[int]], sampling: list[dict[str, Any]]) -> list[Sample]:
         """Deal the prompts out to the engines in equal shares; answers come in the prompts' order."""
-        share, limit = -(-len(prompts) // len(self.engines)), self.config.timeout
         sampling = [params | {"max_new_tokens": self.config.max_new_tokens} for params in sampling]
-        calls = [engine.generate.remote(prompts[i * share : (i + 1) * share], sampling[i * share : (i + 1) * share], limit)
-                 for i, engine in enumerate(self.engines)]  # fmt: skip
-        return sum(wait_for(calls, limit + 10, "generate"), [])
+        share = -(-len(prompts) // len(self.engines))
+        own = [(list(prompts[at : at + share]), sampling[at : at + share], self.config.timeout)
+               for at in range(0, len(prompts), share)]  # fmt: skip
+        return sum(self.each(self.engines[: len(own)], "generate", own=own), [])
 
     def train(self, batch: Batch) -> dict[str, float]:
-        """Deal the batch out: an equal share of rows to each rank in each update."""
-        ranks, updates = len(self.trainers), self.config.updates_per_step
-        rows = torch.arange(len(batch["tokens"])).view(updates, ranks, -1)  # [P*G] -> [updates, ranks, rows]
-        num_tokens = [int(batch["mask"][rows[update].flatten()].sum()) for update in range(updates)]
-        shares = [[{name: column[rows[update, rank]] for name, column in batch.items()} for update in range(updates)]
-                  for rank in range(ranks)]  # fmt: skip
-        calls = [trainer.train.remote(share, num_tokens) for trainer, share in zip(self.trainers, shares, strict=True)]
-        results = wait_for(calls, self.config.timeout, "train")
+        """Deal the batch out, an equal share of rows to each rank in each update."""
+        ranks, updates = len(self.trainers), range(self.config.updates_per_step)
+        rows = torch.arange(len(batch["tokens"])).view(len(updates), ranks, -1)  # [P*G] -> [updates, ranks, rows]
+        tokens = [int(batch["mask"][rows[update].flatten()].sum()) for update in updates]
+        own = [([{name: column[rows[update, rank]] for name, column in batch.items()} for update in updates], tokens)
+               for rank in range(ranks)]  # fmt: skip
+        results = self.each(self.trainers, "train", own=own)
         return {"loss": sum(result["loss"] for result in results), "grad_norm": results[0]["grad_norm"],
                 "logprob_difference_max": max(result["difference_max"] for result in results),
-                "logprob_difference_mean": sum(r["difference_sum"] for r in results) / sum(num_tokens)}  # fmt: skip
+                "logprob_difference_mean": sum(result["difference_sum"] for result in results) / sum(tokens)}  # fmt: skip
 
     def sync_weights(self) -> None:
         """Bucket by bucket, from each trainer rank to the scheduler on the same GPU."""
@@ -1039,18 +997,17 @@ class Loop:
         tp = self.config.gpus_per_engine
         for index in range(self.num_buckets):
             handles, last = self.each(self.trainers, "weight_bucket", index), index + 1 == self.num_buckets
-            calls = [engine.update_weights.remote(handles[i * tp : (i + 1) * tp], str(self.version), last)
-                     for i, engine in enumerate(self.engines)]  # fmt: skip
-            wait_for(calls, self.config.timeout, "update_weights")
+            own = [(handles[i : i + tp], str(self.version), last) for i in range(0, len(handles), tp)]
+            self.each(self.engines, "update_weights", own=own)
 
 
 def check_same_device(trainers: list[dict[str, Any]], schedulers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Compare, rank by rank, the device that the trainer and the engine's scheduler process read inside themselves."""
-    pairs = [{"rank": t["rank"], "tp_rank": s["tp_rank"], "trainer_uuid": t["uuid"], "scheduler_uuid": s["uuid"]}
+    pairs = [dict(rank=t["rank"], tp_rank=s["tp_rank"], trainer_uuid=t["uuid"], scheduler_uuid=s["uuid"])
              for t, s in zip(trainers, schedulers, strict=True)]  # fmt: skip
     if any(pair["trainer_uuid"] != pair["scheduler_uuid"] for pair in pairs):
         table = format_table([list(pairs[0]), *(list(pair.values()) for pair in pairs)])
-        raise PlacementError(f"trainer_uuid and scheduler_uuid differ; expected the same GPU in each row:\n{table}\n"
+        raise PlacementError(f"trainer_uuid and scheduler_uuid differ; expected one GPU in each row:\n{table}\n"
                              "Start both with the bundle's local_index, in processes that see the node's list.")  # fmt: skip
     return pairs
 
@@ -1150,9 +1107,7 @@ def start_ray(config: Config) -> None:
     ray.init(**options)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 9. Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 9. Command line ------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Config:
