@@ -5,14 +5,11 @@ SGLang generates, torch (FSDP2) trains, Ray places both on the GPUs of one place
     generate -> engine sleeps -> trainer onloads, trains -> engine wakes its weights -> weights are sent
              -> trainer offloads -> engine wakes its KV cache and CUDA graphs
 
-What this file is careful about, because systems of this kind get it wrong:
-
-* Ray's GPU ids are entries of the node's list; SGLang and torch count positions in the process's list. `local_gpu_index`
-  converts and never guesses; `plan_engines` refuses what SGLang cannot express.
-* The same GPU, proven: trainer ranks and SGLang's scheduler processes each report the UUID of the device they use.
-* Custom all-reduce v2 and CUDA graphs stay on. `custom_all_reduce.cuh:37: CUDA error: invalid argument` at graph capture
-  is not a mapping error but memory that CUDA IPC cannot export; ENGINE_FAULTS tells the two apart.
-* What generates is what was trained: weights checked exactly at start, log-probabilities compared every step.
+* Ray's GPU ids are entries of the node's list; SGLang and torch count positions in the process's list.
+  `local_gpu_index` converts and never guesses; `plan_engines` refuses what SGLang cannot express.
+* Trainer ranks and SGLang's scheduler processes each report the UUID of the device they use, and the two must agree.
+* Custom all-reduce v2 and CUDA graphs stay on; ENGINE_FAULTS says what the known faults of their capture mean.
+* What generates is what was trained: weights are checked exactly at start, log-probabilities compared every step.
 
 The algorithm is GRPO (DeepSeekMath, arXiv:2402.03300) with DAPO's token mean and asymmetric clip (arXiv:2503.14476) and
 truncated importance weights for the difference between the engine's and the trainer's probabilities.
@@ -96,8 +93,6 @@ class Config:
     scale_advantages: bool = _option(True, "training", "divide advantages by their group's standard deviation")
     kl_coef: float = _option(0.0, "training", "weight of the k3 KL to the initial model; 0: no such model", low=0)
     importance_cap: float = _option(2.0, "training", "cap on trainer/rollout probability; 0: no correction", low=0)
-    max_grad_norm: float = _option(1.0, "training", "gradient norm at which to clip")
-    bucket_mib: int = _option(2048, "training", "size of one bucket of weights on its way to the engine")
 
 
 def device_of(config: Config) -> str:
@@ -110,7 +105,7 @@ def num_gpus(config: Config) -> int:
 
 def check_config(config: Config) -> list[str]:
     """Every problem with the settings; each names the option, its value and what was expected."""
-    problems = []
+    problems, gpus, samples = [], num_gpus(config), config.prompts_per_step * config.group_size
 
     def expect(holds: bool, name: str, expected: str) -> None:
         if not holds:
@@ -119,20 +114,18 @@ def check_config(config: Config) -> list[str]:
     for option in dataclasses.fields(config):
         value, low = getattr(config, option.name), option.metadata["low"]
         if type(value) in (int, float):
-            fits = value > 0 if low is None else value >= low
-            expect(math.isfinite(value) and fits, option.name, "a number above 0" if low is None else f"at least {low}")
+            fits = math.isfinite(value) and (value > 0 if low is None else value >= low)
+            expect(fits, option.name, "a number above 0" if low is None else f"at least {low}")
     expect(config.clip_low < 1, "clip_low", "less than 1")
     expect(config.mem_fraction < 1, "mem_fraction", "less than 1")
     expect(config.max_new_tokens < config.context_length, "max_new_tokens", "fewer than --context-length")
-    if problems:
-        return problems
-    gpus, samples = num_gpus(config), config.prompts_per_step * config.group_size
-    shares = gpus * config.updates_per_step
-    expect(gpus % config.gpus_per_engine == 0, "gpus", f"a multiple of --gpus-per-engine {config.gpus_per_engine}")
-    no_tp = device_of(config) == "cpu" and not config.dry_run
-    expect(config.gpus_per_engine == 1 or not no_tp, "gpus_per_engine", "1 on a CPU: SGLang has no TP there")
-    expect(samples % shares == 0, "prompts_per_step", f"prompts x --group-size ({samples}) to divide by GPUs x "
-           f"--updates-per-step ({shares}), so that all ranks train on equal shares")  # fmt: skip
+    expect(config.gpus_per_engine == 1 or device_of(config) == "cuda" or config.dry_run,
+           "gpus_per_engine", "1 on a CPU: SGLang has no tensor parallelism there")
+    if not problems:
+        expect(gpus % config.gpus_per_engine == 0, "gpus", f"a multiple of --gpus-per-engine {config.gpus_per_engine}")
+        shares = gpus * config.updates_per_step
+        expect(samples % shares == 0, "prompts_per_step", f"prompts x --group-size ({samples}) to divide by GPUs x "
+               f"--updates-per-step ({shares}), so that all ranks train on equal shares")
     return problems
 
 
@@ -146,9 +139,9 @@ class PlacementError(ValueError):
 def visible_devices(value: str | None, device_count: int) -> list[str]:
     """What a process sees, as tokens; a token's position is the index that torch and SGLang count by.
 
-    `value` is its CUDA_VISIBLE_DEVICES. Where that is unset (None) there are `device_count` devices; where it is set, a
-    count larger than the list can only be the machine's, and an index past it is invalid. As in CUDA, the list ends before
-    the first invalid entry ("-1" is the usual one). Raises PlacementError where a device is named twice.
+    `value` is its CUDA_VISIBLE_DEVICES. Unset (None) means all of `device_count` devices. Where it is set, a count
+    larger than the list can only be the machine's, and an index past it is invalid. As in CUDA, the list ends before the
+    first invalid entry (usually "-1"). Raises PlacementError where a device is named twice.
     """
     if value is None:
         return [str(index) for index in range(device_count)]
@@ -160,10 +153,9 @@ def visible_devices(value: str | None, device_count: int) -> list[str]:
             entry = str(int(entry))
         elif not re.fullmatch(r"(GPU|MIG)-\S+", entry):
             break
-        if _positions(entry, visible):
-            raise PlacementError(
-                f"CUDA_VISIBLE_DEVICES={value!r} names {entry!r} twice; expected every device once. Remove the second."
-            )
+        if any(_same_device(entry, other) for other in visible):
+            raise PlacementError(f"CUDA_VISIBLE_DEVICES={value!r} names {entry!r} twice; expected every device once. "
+                                 "Remove the second mention.")
         visible.append(entry)
     return visible
 
@@ -171,28 +163,25 @@ def visible_devices(value: str | None, device_count: int) -> list[str]:
 def local_gpu_index(gpu_id: int | str, visible: Sequence[str]) -> int:
     """The position of Ray's `gpu_id` in the visible list, which is what torch and SGLang count by.
 
-    `gpu_id` is an element of `ray.get_gpu_ids()`: an int, a digit string, a GPU UUID or a prefix of one, a MIG name. It
+    `gpu_id` is an element of `ray.get_gpu_ids()`: an int, a digit string, a GPU UUID or its prefix, or a MIG name. It
     names an entry of the node's list: under CUDA_VISIBLE_DEVICES=4,5,6,7 the id "4" has the local index 0. Raises
-    PlacementError for an id that is not in the list, even where it would be a valid position, or that is ambiguous.
+    PlacementError for an id that is ambiguous or not in the list, even where it would be a valid position.
     """
     token = str(gpu_id).strip()
-    positions = _positions(str(int(token)) if re.fullmatch("[0-9]+", token) else token, visible)
+    token = str(int(token)) if re.fullmatch("[0-9]+", token) else token
+    positions = [index for index, entry in enumerate(visible) if _same_device(token, entry)]
     if len(positions) != 1:
         raise PlacementError(
-            f"gpu_id={gpu_id!r} matches {len(positions)} entries of the visible list {list(visible)}; expected exactly one. "
-            "Give this process its node's list: set RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES=1 in its runtime_env, and "
-            "leave CUDA_VISIBLE_DEVICES alone inside it."
-        )
+            f"gpu_id={gpu_id!r} matches {len(positions)} entries of the visible list {list(visible)}; expected one. "
+            "Give this process its node's list: set RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES=1 in its runtime_env and "
+            "leave CUDA_VISIBLE_DEVICES alone.")
     return positions[0]
 
 
-def _positions(token: str, visible: Sequence[str]) -> list[int]:
-    """Where a token stands in the list. CUDA takes a UUID cut short, so either side may be a prefix of the other."""
-    same = [index for index, entry in enumerate(visible) if entry == token]
-    if same or not re.match("GPU-.", token):
-        return same
-    return [index for index, entry in enumerate(visible)
-            if re.match("GPU-.", entry) and (entry.startswith(token) or token.startswith(entry))]  # fmt: skip
+def _same_device(one: str, other: str) -> bool:
+    """CUDA takes a UUID cut short, so either may be a prefix of the other."""
+    uuids = one.startswith("GPU-") and other.startswith("GPU-")
+    return one == other or uuids and (one.startswith(other) or other.startswith(one))
 
 
 @dataclass(frozen=True)
@@ -220,77 +209,67 @@ class EnginePlacement:
 def plan_engines(bundles: Sequence[Bundle], gpus_per_engine: int) -> list[EnginePlacement]:
     """Cut the bundles, sorted by node and then by *local* index, into engines.
 
-    By physical id the order would be wrong under CUDA_VISIBLE_DEVICES=1,0. Raises PlacementError where the bundles do not
-    divide into engines, or an engine would not have consecutive local indices on one node, which is all SGLang can use.
+    By physical id the order would be wrong under CUDA_VISIBLE_DEVICES=1,0. Raises PlacementError where the bundles do
+    not divide into engines, or an engine would not get consecutive local indices on one node, all that SGLang can use.
     """
     if gpus_per_engine < 1 or not bundles or len(bundles) % gpus_per_engine:
-        raise PlacementError(
-            f"gpus_per_engine={gpus_per_engine} with {len(bundles)} bundles; expected bundles that divide into whole "
-            "engines. Ask for a multiple of gpus_per_engine."
-        )
+        raise PlacementError(f"gpus_per_engine={gpus_per_engine} with {len(bundles)} bundles; expected bundles that "
+                             "divide into whole engines. Ask for a multiple of gpus_per_engine.")
     ordered = sorted(bundles, key=lambda b: (int(ipaddress.ip_address(b.node_ip)), b.node_id, b.local_index))
     engines = []
     for engine, start in enumerate(range(0, len(ordered), gpus_per_engine)):
         part = tuple(ordered[start : start + gpus_per_engine])
-        ids, local = [bundle.gpu_id for bundle in part], [bundle.local_index for bundle in part]
-        nodes = list(dict.fromkeys((bundle.node_ip, bundle.node_id) for bundle in part))
-        if len(nodes) > 1:
-            raise PlacementError(
-                f"engine {engine} of gpus_per_engine={gpus_per_engine} would span the nodes {[ip for ip, _ in nodes]} with "
-                f"the Ray ids {ids}; expected one node. Choose gpus_per_engine so that it divides the GPUs of every node."
-            )
+        local, node_ips = [bundle.local_index for bundle in part], [bundle.node_ip for bundle in part]
+        which = f"engine {engine} of gpus_per_engine={gpus_per_engine} would get the Ray ids {[b.gpu_id for b in part]}"
+        if len({bundle.node_id for bundle in part}) > 1:
+            raise PlacementError(f"{which} on the nodes {node_ips}; expected one node. Choose gpus_per_engine so that "
+                                 "it divides the number of GPUs taken on every node.")
         if local != list(range(local[0], local[0] + gpus_per_engine)):
-            raise PlacementError(
-                f"engine {engine} of gpus_per_engine={gpus_per_engine} on node {nodes[0][0]} has the Ray ids {ids} at local "
-                f"indices {local}; expected consecutive indices, since SGLang counts up from base_gpu_id. Free the GPUs "
-                "between them, or start Ray's node with a CUDA_VISIBLE_DEVICES that lists these side by side."
-            )
-        engines.append(EnginePlacement(engine, part, base_gpu_id=local[0], node_ip=part[0].node_ip))
+            raise PlacementError(f"{which} at the local indices {local} of node {node_ips[0]}; expected consecutive "
+                                 "ones: SGLang counts up from base_gpu_id. Free the GPUs between them, or start Ray's "
+                                 "node with a CUDA_VISIBLE_DEVICES that lists these side by side.")
+        engines.append(EnginePlacement(engine, part, base_gpu_id=local[0], node_ip=node_ips[0]))
     return engines
 
 
 def get_base_gpu_id(engine: int, gpus_per_engine: int, gpus_per_node: int) -> int:
-    """The loop-index formula, for where no bundle was probed; equal to the plan only if all visible GPUs are taken."""
+    """The loop-index formula, for where no bundle was probed; equals the plan only if all visible GPUs are taken."""
     if engine < 0 or gpus_per_engine < 1 or gpus_per_node < 1 or gpus_per_node % gpus_per_engine:
-        raise PlacementError(
-            f"engine={engine}, gpus_per_engine={gpus_per_engine}, gpus_per_node={gpus_per_node}; expected engine >= 0 and "
-            "whole engines on each node. Choose gpus_per_engine so that it divides gpus_per_node."
-        )
+        raise PlacementError(f"engine={engine}, gpus_per_engine={gpus_per_engine}, gpus_per_node={gpus_per_node}; "
+                             "expected whole engines on each node. Choose gpus_per_engine so that it divides gpus_per_node.")
     return engine * gpus_per_engine % gpus_per_node
 
 
 # ---- 3. Placement group: create, probe, show (Ray) ------------------------------------------------------------------
 
-# With this, Ray leaves CUDA_VISIBLE_DEVICES alone: an actor, the scheduler processes it starts and the trainers beside it
-# all see the node's list, and one local index means one device everywhere.
+# With this, Ray leaves CUDA_VISIBLE_DEVICES alone: an actor, the scheduler processes it starts and the trainers beside
+# it all see the node's list, and one local index means one device everywhere.
 ONE_LIST = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-ENGINE_SHARE, TRAINER_SHARE, PROBE_SHARE = 0.3, 0.6, 0.1  # of a bundle's GPU: Ray's bookkeeping, not a limit on memory
+ENGINE_SHARE, TRAINER_SHARE, PROBE_SHARE = 0.3, 0.6, 0.1  # of a bundle's GPU: Ray's bookkeeping, no limit on memory
 CPUS_PER_BUNDLE = 0.1  # bookkeeping too; small, so that a laptop places several logical GPUs
 
 
 def create_placement_group(num_gpus: int, timeout_s: float) -> PlacementGroup:
-    """Reserve bundles of one GPU each, packed on few nodes. Waits visibly; raises PlacementError after `timeout_s`."""
+    """Reserve bundles of one GPU each, packed on few nodes. Waits visibly; PlacementError after `timeout_s` seconds."""
     group = placement_group([{"GPU": 1, "CPU": CPUS_PER_BUNDLE}] * num_gpus, strategy="PACK")
     deadline = time.monotonic() + timeout_s
     while not group.wait(max(0.1, min(5.0, deadline - time.monotonic()))):
         total, free = (int(found.get("GPU", 0)) for found in (ray.cluster_resources(), ray.available_resources()))
-        state = (f"{num_gpus} GPUs asked for, {max(0, num_gpus - free)} missing: the cluster has {total} on "
-                 f"{sum(node['Alive'] for node in ray.nodes())} node(s), {total - free} of them held by others")  # fmt: skip
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        state = (f"asked for {num_gpus} GPUs, {max(0, num_gpus - free)} are missing: the cluster has {total} on "
+                 f"{nodes} node(s), of which others hold {total - free}")
         if time.monotonic() >= deadline:
             remove_placement_group(group)
-            raise PlacementError(
-                f"placement group not placed within placement_timeout={timeout_s:g} s; {state}. Ask for at most {free}, "
-                "wait for the others to end, add a node, or raise the limit."
-            )
-        print(f"waiting for the placement group; {state}", flush=True)
+            raise PlacementError(f"no placement group within placement_timeout={timeout_s:g} s: {state}. Ask for at "
+                                 f"most {free}, wait for the others to end, add a node, or raise the limit.")
+        print(f"waiting for the placement group: {state}", flush=True)
     return group
 
 
 def on_bundle(group: PlacementGroup, index: int, gpu_share: float) -> dict[str, Any]:
     """Options of a Ray actor that lives on a bundle and sees the node's whole list of GPUs."""
     strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-    environment = {"env_vars": ONE_LIST}
-    return dict(num_gpus=gpu_share, num_cpus=0, scheduling_strategy=strategy, runtime_env=environment)
+    return dict(num_gpus=gpu_share, num_cpus=0, scheduling_strategy=strategy, runtime_env={"env_vars": ONE_LIST})
 
 
 class Probe:
@@ -299,17 +278,15 @@ class Probe:
     def read(self, index: int) -> Bundle:
         (gpu_id,), node_id = ray.get_gpu_ids(), ray.get_runtime_context().get_node_id()
         (node,) = (node for node in ray.nodes() if node["NodeID"] == node_id)
-        value, on_gpu = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.is_available()
+        value, node_ip = os.environ.get("CUDA_VISIBLE_DEVICES"), node["NodeManagerAddress"]
+        on_gpu = torch.cuda.is_available()
         device_count = torch.cuda.device_count() if on_gpu else int(node["Resources"]["GPU"])
         visible = visible_devices(value, device_count)
         if on_gpu and len(visible) != device_count:
-            raise PlacementError(
-                f"CUDA_VISIBLE_DEVICES={value!r} reads as {len(visible)} devices, torch counts {device_count} on node "
-                f"{node['NodeManagerAddress']}; expected the same. Name only devices that the machine has."
-            )
+            raise PlacementError(f"CUDA_VISIBLE_DEVICES={value!r} reads as {len(visible)} devices, torch counts "
+                                 f"{device_count} on {node_ip}; expected the same. Name devices that the machine has.")
         local_index = local_gpu_index(gpu_id, visible)
-        uuid = device_uuid(local_index) if on_gpu else None
-        return Bundle(index, node_id, node["NodeManagerAddress"], gpu_id, local_index, uuid)
+        return Bundle(index, node_id, node_ip, gpu_id, local_index, device_uuid(local_index) if on_gpu else None)
 
 
 def device_uuid(local_index: int) -> str:
@@ -320,7 +297,7 @@ def probe_bundles(group: PlacementGroup, timeout_s: float) -> list[Bundle]:
     """Read every bundle of a placement group, all at once; in the order of the bundles' indices."""
     probes = [ray.remote(Probe).options(**on_bundle(group, i, PROBE_SHARE)).remote() for i in range(group.bundle_count)]
     try:
-        return wait_for([probe.read.remote(index) for index, probe in enumerate(probes)], timeout_s, "the bundles' probes")
+        return wait_for([probe.read.remote(i) for i, probe in enumerate(probes)], timeout_s, "the bundles' probes")
     finally:
         for probe in probes:
             ray.kill(probe)
@@ -331,7 +308,7 @@ def wait_for(refs: list, timeout_s: float, what: str) -> list:
     try:
         return ray.get(refs, timeout=timeout_s)
     except ray.exceptions.GetTimeoutError as error:
-        raise TimeoutError(f"{what}: not done within {timeout_s:g} s. See the run's logs, or raise the limit.") from error
+        raise TimeoutError(f"{what}: not done within {timeout_s:g} s. See the logs, or raise the limit.") from error
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, (PlacementError, EngineError)) else error from None
 
@@ -344,10 +321,10 @@ def format_table(rows: Sequence[Sequence[Any]]) -> str:
 def placement_table(engines: Sequence[EnginePlacement]) -> str:
     """The mapping as text, a line a GPU."""
     rows = [("bundle", "node", "Ray id", "local index", "UUID", "engine", "tp_rank", "base_gpu_id")]
-    for plan in engines:
-        rows += [(bundle.index, f"{bundle.node_ip}/{bundle.node_id[:6]}", repr(bundle.gpu_id), bundle.local_index,
-                  bundle.uuid or "no GPU", plan.engine, rank, plan.base_gpu_id)
-                 for rank, bundle in enumerate(plan.bundles)]  # fmt: skip
+    for place in engines:
+        for rank, b in enumerate(place.bundles):
+            node = f"{b.node_ip}/{b.node_id[:6]}"
+            rows.append((b.index, node, repr(b.gpu_id), b.local_index, b.uuid, place.engine, rank, place.base_gpu_id))
     return format_table(rows)
 
 
@@ -367,7 +344,7 @@ ENGINE_FAULTS = (
      "the GPU does not have the memory that the engine asks for",
      "lower --mem-fraction, or end what else runs there (nvidia-smi lists it)"),
     (r"Address already in use|EADDRINUSE", "another process took the engine's port", "start again"),
-)  # fmt: skip
+)
 
 
 class EngineError(RuntimeError):
@@ -380,36 +357,30 @@ def explain_failure(log: str) -> str:
     for pattern, cause, remedy in ENGINE_FAULTS:
         if found := [line for line in lines if re.search(pattern, line)]:
             return f"{found[-1]}\n  cause: {cause}\n  remedy: {remedy}"
-    return next((line for line in reversed(lines) if re.search(r"\b\w*(Error|Exception)\b.*: \S", line)), "no error logged")
+    errors = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b.*: \S", line)]
+    return errors[-1] if errors else "its log has no error line"
 
 
 def run_scheduler(server_args: Any, port_args: Any, gpu_id: int, tp_rank: int, *args: Any) -> None:
     """Runs in every scheduler process in place of SGLang's function of the same signature, and hands over to it."""
     from sglang.srt.layers import sampler
     from sglang.srt.managers.scheduler import run_scheduler_process
+    from sglang.srt.server_args import get_global_server_args
 
     if server_args.device == "cuda":
         torch.cuda.set_device(gpu_id)  # before any other CUDA call, which would leave a context on device 0
     else:
         sampler.multinomial_with_seed = draw_with_seeds  # SGLang's own is a Triton kernel
-    *ranks, pipe = args
-    pipe = ReadyPipe(pipe, read_device(server_args.device, gpu_id) | {"tp_rank": tp_rank})
-    run_scheduler_process(server_args, port_args, gpu_id, tp_rank, *ranks, pipe)
+    reading, send = {"tp_rank": tp_rank, **read_device(server_args.device, gpu_id)}, args[-1].send
 
-
-class ReadyPipe:
-    """What a scheduler process reports through, once, when it is ready: adds what the process sees."""
-
-    def __init__(self, pipe: Any, reading: dict[str, Any]):
-        self.pipe, self.reading = pipe, reading
-
-    def send(self, message: dict[str, Any]) -> None:
-        from sglang.srt.server_args import get_global_server_args
-
-        # Set before, this selects kernels that a CPU lacks. The scheduler being built, all that still reads it is the
-        # sampler: with it, a draw depends on the request's seed and the position, not on who else is in the batch.
+    def send_ready(message: dict[str, Any]) -> None:
+        # Set earlier, this selects kernels that a CPU lacks. Now that the scheduler is built, only the sampler still
+        # reads it: a draw depends on its request's seed and position, not on who else is in the batch.
         get_global_server_args().enable_deterministic_inference = True
-        self.pipe.send({**message, "reading": self.reading})
+        send({**message, "reading": reading})
+
+    args[-1].send = send_ready  # the pipe on which the scheduler says, once, that it is ready
+    run_scheduler_process(server_args, port_args, gpu_id, tp_rank, *args)
 
 
 def read_device(kind: str, local_index: int) -> dict[str, Any]:
@@ -434,10 +405,8 @@ def prepare_cpu_engine() -> None:
     package = Path(tempfile.gettempdir(), f"colocate_rl-{os.getuid()}", "sgl_kernel")
     package.mkdir(parents=True, exist_ok=True)
     (package / "__init__.py").touch()
-    (package / "kvcacheio.py").write_text(
-        "def __getattr__(name):\n    if name.startswith('__'):\n        raise AttributeError(name)\n"
-        "    def needs_gpu(*_, **__):\n        raise RuntimeError(name + ' needs a GPU')\n    return needs_gpu\n"
-    )
+    any_name = "def __getattr__(name):\n    if name.startswith('__'):\n        raise AttributeError(name)\n"
+    (package / "kvcacheio.py").write_text(any_name)
     sys.path.insert(0, str(package.parent))
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 
@@ -445,8 +414,8 @@ def prepare_cpu_engine() -> None:
 def reserve_port() -> tuple[int, socket.socket]:
     """A free TCP port, held by a socket that is bound but does not listen.
 
-    While the socket lives the kernel gives the port to nobody who asks for any, so engines that start at once never
-    collide; a server that is told the number can listen on it, since servers set SO_REUSEADDR as this socket does.
+    While it lives the kernel gives the port to nobody who asks for any, so engines that start at once never collide. A
+    server that is told the number can still listen on it: servers set SO_REUSEADDR, as this socket does.
     """
     holder = socket.socket()
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -458,15 +427,15 @@ def engine_args(config: Config, placement: EnginePlacement, model: str) -> dict[
     """The arguments of `sglang.Engine`, but for its port."""
     args = dict(model_path=model, trust_remote_code=config.trust_remote_code, context_length=config.context_length,
                 base_gpu_id=placement.base_gpu_id, tp_size=len(placement.bundles), random_seed=config.seed,
-                skip_tokenizer_init=True, log_level="info", device=device_of(config))  # fmt: skip
+                skip_tokenizer_init=True, log_level="info", device=device_of(config))
     if args["device"] == "cpu":
         samples = config.prompts_per_step * config.group_size
         # sleep_on_idle: a scheduler that polls takes a core from the trainer
         return args | dict(dtype="float32", max_running_requests=samples, max_total_tokens=64 * samples,
-                           sleep_on_idle=True)  # fmt: skip
+                           sleep_on_idle=True)
     # FlashInfer's all-reduce fusion needs NVLink multicast
     return args | dict(dtype="bfloat16", mem_fraction_static=config.mem_fraction, enable_memory_saver=True,
-                       disable_piecewise_cuda_graph=True, enforce_disable_flashinfer_allreduce_fusion=True)  # fmt: skip
+                       disable_piecewise_cuda_graph=True, enforce_disable_flashinfer_allreduce_fusion=True)
 
 
 @dataclass(frozen=True)
@@ -482,8 +451,8 @@ class Sample:
 class Engine:
     """A Ray actor around one in-process SGLang engine; create it with `max_concurrency=2`.
 
-    One call runs at a time. The second thread exists so that a call that comes meanwhile is refused, not queued: sleeping
-    with a request in flight kills the scheduler, and so do waking what is awake and generating asleep.
+    One call runs at a time. The second thread exists so that a call that comes meanwhile is refused, not queued:
+    sleeping with a request in flight kills the scheduler, and so do waking what is awake and generating asleep.
     """
 
     def __init__(self, placement: EnginePlacement, log: str):
@@ -499,26 +468,27 @@ class Engine:
 
     def start(self, args: dict[str, Any]) -> list[dict[str, Any]]:
         """Start SGLang; returns, by tp_rank, what each scheduler process sees (visible list, local index, UUID)."""
-        with self._exclusive("start"):
-            if args["device"] == "cpu":
-                prepare_cpu_engine()
-            from sglang.srt.entrypoints.engine import Engine as SGLangEngine
+        if args["device"] == "cpu":
+            prepare_cpu_engine()
+        from sglang.srt.entrypoints.engine import Engine as SGLangEngine
 
-            port, self._port_lock = reserve_port()
-            ours = type("ColocatedEngine", (SGLangEngine,), {"run_scheduler_process_func": staticmethod(run_scheduler)})
-            try:
-                self.engine = ours(**args, nccl_port=port)
-            except Exception as error:
-                traceback.print_exc()  # into the log
-                raise EngineError(f"{self.name} did not start: {explain_failure(self.read_log())}") from error
-            return [info["reading"] for info in self.engine._scheduler_init_result.scheduler_infos]
+        class ColocatedEngine(SGLangEngine):
+            run_scheduler_process_func = staticmethod(run_scheduler)
+
+        port, self._port_holder = reserve_port()
+        try:
+            self.engine = ColocatedEngine(**args, nccl_port=port)
+        except Exception as error:
+            traceback.print_exc()  # into the log
+            raise EngineError(f"{self.name} did not start: {explain_failure(self.read_log())}") from error
+        return [info["reading"] for info in self.engine._scheduler_init_result.scheduler_infos]
 
     def generate(self, prompts: list[list[int]], sampling: list[dict[str, Any]], timeout_s: float) -> list[Sample]:
         """Token ids in, token ids and log-probabilities out; each `sampling` may carry its own `sampling_seed`."""
         outputs = self._call("generate_request", "GenerateReqInput", timeout_s, awake=MEMORY_TAGS,
-                             input_ids=prompts, sampling_params=sampling, return_logprob=True)  # fmt: skip
+                             input_ids=prompts, sampling_params=sampling, return_logprob=True)
         return [Sample(prompt, out["output_ids"], [entry[0] for entry in out["meta_info"]["output_token_logprobs"]],
-                       out["meta_info"]["weight_version"]) for prompt, out in zip(prompts, outputs, strict=True)]  # fmt: skip
+                       out["meta_info"]["weight_version"]) for prompt, out in zip(prompts, outputs, strict=True)]
 
     def sleep(self, tags: Sequence[str] = MEMORY_TAGS) -> None:
         """Release the GPU memory behind the tags. Weights come back as garbage: send them after the wake."""
@@ -531,78 +501,69 @@ class Engine:
         self._asleep -= set(tags)
 
     def update_weights(self, buckets: list[bytes], version: str, last: bool) -> None:
-        """Load a bucket of weights; `buckets[r]` is for tp_rank r, and names memory on its own GPU.
+        """Load a bucket of weights; `buckets[r]` is for tp_rank r and names memory on its own GPU.
 
         Each scheduler opens its entry exactly once: a handle opened twice, or never, leaks device memory.
         """
-        # A KV cache is from older weights, so it is flushed; one that sleeps was flushed on its way down.
-        success, message = self._call(
-            "update_weights_from_tensor", "UpdateWeightsFromTensorReqInput", awake=["weights"],
-            serialized_named_tensors=buckets, load_format="flattened_bucket",
-            flush_cache=last and "kv_cache" not in self._asleep, weight_version=version if last else None)  # fmt: skip
-        if not success:
-            raise EngineError(f"{self.name}: update_weights to version {version} failed: {message}")
+        # The KV cache is from older weights, so it is flushed; one that sleeps was flushed on its way down.
+        self._call("update_weights_from_tensor", "UpdateWeightsFromTensorReqInput", awake=["weights"],
+                   serialized_named_tensors=buckets, load_format="flattened_bucket", weight_version=version,
+                   flush_cache=last and "kv_cache" not in self._asleep)
 
     def check_weights(self, action: str) -> None:
-        """SGLang's checker: "snapshot" keeps the weights, "reset_tensors" overwrites them, "compare" wants them equal."""
-        success, message, *_ = self._call("check_weights", "CheckWeightsReqInput", awake=["weights"], action=action)
-        if not success:
-            raise EngineError(f"{self.name}: check_weights {action!r} failed: {message}")
+        """SGLang's checker: "snapshot" keeps the weights, "reset_tensors" spoils them, "compare" wants them equal."""
+        self._call("check_weights", "CheckWeightsReqInput", awake=["weights"], action=action)
 
     def read_log(self) -> str:
         return self.log.read_text(errors="replace")
 
     def shutdown(self) -> None:
-        """End SGLang's processes; at once, whatever is in flight."""
+        """End SGLang's processes at once, whatever is in flight."""
         if self.engine is not None:
             self.engine.shutdown()
             self.engine = None
 
-    @contextlib.contextmanager
-    def _exclusive(self, call: str, awake: Sequence[str] = (), asleep: Sequence[str] = ()) -> Iterator[None]:
-        """Refuse a call that comes while another runs, or whose tags are not in the state that it needs."""
-        if not self._lock.acquire(blocking=False):
-            raise EngineError(f"{self.name}: {call} while {self._running} is in flight; wait for that, then call again")
-        try:
-            self._running = call
-            if unknown := {*awake, *asleep} - set(MEMORY_TAGS):
-                raise EngineError(f"{self.name}: {call} with the tags {sorted(unknown)}; expected some of {MEMORY_TAGS}")
-            if (self.engine is None) != (call == "start"):
-                raise EngineError(f"{self.name}: {call} while the engine is {'up' if self.engine else 'not up'}")
-            if sleeping := self._asleep & set(awake):
-                raise EngineError(f"{self.name}: {call} needs {sorted(sleeping)} awake; wake them first")
-            if waking := set(asleep) - self._asleep:
-                raise EngineError(f"{self.name}: {call} on {sorted(waking)}, which are awake; only what sleeps can wake")
-            yield
-        finally:
-            self._running = None
-            self._lock.release()
-
     def _call(self, method: str, request: str, timeout_s: float = 300.0, awake: Sequence[str] = (),
-              asleep: Sequence[str] = (), **fields: Any) -> Any:  # fmt: skip
-        """Ask SGLang's tokenizer manager, until it answers, a process of the engine dies, or the limit passes."""
+              asleep: Sequence[str] = (), **fields: Any) -> Any:
+        """Ask SGLang's tokenizer manager until it answers, a process of the engine dies, or the limit passes.
+
+        Refused while another call runs, and where the tags are not in the state that the call needs.
+        """
         from sglang.srt.managers import io_struct
 
-        async def answer() -> Any:
-            manager = self.engine.tokenizer_manager
+        async def ask() -> Any:
+            manager, deadline = self.engine.tokenizer_manager, time.monotonic() + timeout_s
             reply = getattr(manager, method)(getattr(io_struct, request)(**fields))
             task = asyncio.ensure_future(anext(reply) if hasattr(reply, "__anext__") else reply)
-            deadline = time.monotonic() + timeout_s
             while not (await asyncio.wait([task], timeout=1))[0]:
                 dead = [process.pid for process in manager._subprocess_watchdog._processes if not process.is_alive()]
                 if dead or time.monotonic() > deadline:
                     task.cancel()
-                    reason = f"lost its processes {dead}" if dead else f"did not answer within {timeout_s:g} s"
-                    raise EngineError(f"{self.name}: {method}: {reason}: {explain_failure(self.read_log())}")
+                    what = f"the processes {dead} died" if dead else f"no answer within {timeout_s:g} s"
+                    raise EngineError(f"{self.name}: {method}: {what}: {explain_failure(self.read_log())}")
             return task.result()
 
-        with self._exclusive(method, awake, asleep):
-            return self.engine.loop.run_until_complete(answer())
+        if not self._lock.acquire(blocking=False):
+            raise EngineError(f"{self.name} refused {method}: {self._running} is in flight; wait for that first")
+        try:
+            self._running = method
+            fits = set(awake) <= set(MEMORY_TAGS) - self._asleep and set(asleep) <= self._asleep
+            if self.engine is None or not fits:
+                state = f"asleep: {sorted(self._asleep)}" if self.engine else "not up"
+                raise EngineError(f"{self.name} refused {method}: it is {state}; expected {sorted(awake)} awake and "
+                                  f"{sorted(asleep)} asleep, of {MEMORY_TAGS}. Call sleep or wake for what differs.")
+            result = self.engine.loop.run_until_complete(ask())
+        finally:
+            self._lock.release()
+        if isinstance(result, tuple) and not result[0]:  # (success, message, ...)
+            raise EngineError(f"{self.name}: {method} failed: {result[1]}")
+        return result
 
 
 # ---- 5. Trainer: one Ray actor a GPU; FSDP2; offload and onload; weights out ----------------------------------------
 
 Batch = dict[str, torch.Tensor]  # see make_batch
+BUCKET_BYTES = 2 * 2**30  # of weights on their way to the engine
 
 
 class Trainer:
@@ -618,7 +579,7 @@ class Trainer:
         self.device = torch.device("cuda", bundle.local_index) if self.on_gpu else torch.device("cpu")
         self.reading = {"rank": rank, **read_device(self.device.type, bundle.local_index)}
         self._host: list[torch.Tensor] = []  # what offload moved, in the order of _storages
-        self._sent: Any = None  # keeps the last bucket alive while the engine reads it
+        self._sent = None  # the last bucket, alive while the engine reads it
 
     def rendezvous(self) -> str:
         """Where all ranks meet: an address on rank 0's node."""
@@ -635,14 +596,14 @@ class Trainer:
         else:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))  # Ray sets 1
         dist.init_process_group("nccl" if self.on_gpu else "gloo", init_method=address, rank=self.rank,
-                                world_size=world_size, timeout=timedelta(seconds=self.config.timeout))  # fmt: skip
+                                world_size=world_size, timeout=timedelta(seconds=self.config.timeout))
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if self.on_gpu else MixedPrecisionPolicy()
         shard = dict(mesh=dist.init_device_mesh(self.device.type, (world_size,)), mp_policy=precision,
-                     reshard_after_forward=True)  # fmt: skip
+                     reshard_after_forward=True)
 
         def load() -> torch.nn.Module:
             network = AutoModelForCausalLM.from_pretrained(
-                model, dtype=torch.float32, trust_remote_code=self.config.trust_remote_code).to(self.device)  # fmt: skip
+                model, dtype=torch.float32, trust_remote_code=self.config.trust_remote_code).to(self.device)
             for module in network.modules():
                 if type(module).__name__ in network._no_split_modules:  # one decoder layer
                     fully_shard(module, **shard)
@@ -651,13 +612,13 @@ class Trainer:
         self.model = load()
         self.reference = load().requires_grad_(False) if self.config.kl_coef else None
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate, weight_decay=0.0)
-        self.send_dtype = torch.bfloat16 if self.on_gpu else torch.float32
-        self.buckets, room = [], 0
+        self.send_dtype, room = torch.bfloat16 if self.on_gpu else torch.float32, 0
+        self.buckets: list[list[str]] = []
         for name, parameter in self.model.named_parameters():  # tied weights are named once
             room -= parameter.numel() * self.send_dtype.itemsize
-            if room < 0 or not self.buckets:
+            if room < 0:
                 self.buckets.append([])
-                room = self.config.bucket_mib * 2**20 - parameter.numel() * self.send_dtype.itemsize
+                room = BUCKET_BYTES - parameter.numel() * self.send_dtype.itemsize
             self.buckets[-1].append(name)
         return self.reading | {"buckets": len(self.buckets)}
 
@@ -678,20 +639,22 @@ class Trainer:
                     self._logprobs(self.model, part["tokens"]), part["old"], part["advantages"], part["mask"],
                     num_tokens=total, clip_low=config.clip_low, clip_high=config.clip_high, ref_logprobs=part["ref"],
                     kl_coef=config.kl_coef, rollout_logprobs=part["rollout"],
-                    importance_cap=config.importance_cap)  # fmt: skip
+                    importance_cap=config.importance_cap)
                 (loss * dist.get_world_size()).backward()  # FSDP averages over ranks; the loss is a share of a sum
                 losses[-1] += loss.item()
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=1.0)
             norms.append(norm.full_tensor().item())
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         return {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms),
-                "difference_max": difference.max().item(), "difference_sum": difference.sum().item()}  # fmt: skip
+                "difference_max": difference.max().item(), "difference_sum": difference.sum().item()}
 
     def _logprobs(self, model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-        """Log-probability of each next token, [B, T] -> [B, T-1]. Padding is on the right, so causality is mask enough."""
-        rows = [token_logprobs(model(input_ids=part, use_cache=False).logits[:, :-1].float() / self.config.temperature,
-                               part[:, 1:]) for part in tokens.split(self.config.micro_batch)]  # fmt: skip
+        """Log-probability of each next token, [B, T] -> [B, T-1]; padded on the right, it needs no mask but causality."""
+        rows = []
+        for part in tokens.split(self.config.micro_batch):
+            logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()  # [b, T-1, V]
+            rows.append(token_logprobs(logits / self.config.temperature, part[:, 1:]))
         return torch.cat(rows)
 
     def _storages(self) -> list[torch.UntypedStorage]:
@@ -701,10 +664,10 @@ class Trainer:
         return [tensor.to_local().untyped_storage() for tensor in (*weights, *moments)]
 
     def offload(self) -> None:
-        """Copy weights and optimizer state to host memory, pinned and kept for the whole run, and give up the device's."""
+        """Copy weights and optimizer state to pinned host memory, kept for the whole run, and free the device's."""
         self._sent, storages = None, self._storages()
         self._host += [torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=self.on_gpu)
-                       for storage in storages[len(self._host) :]]  # fmt: skip
+                       for storage in storages[len(self._host) :]]
         for storage, host in zip(storages, self._host, strict=True):
             host.copy_(_bytes_of(storage), non_blocking=True)
         if self.on_gpu:
@@ -716,7 +679,7 @@ class Trainer:
             torch.cuda.empty_cache()
 
     def onload(self) -> None:
-        """Bring back what `offload` moved. Tensors stay the same objects: only the storage behind them comes and goes."""
+        """Bring back what `offload` moved. Tensors stay the same objects; the storage behind them comes and goes."""
         for storage, host in zip(self._storages(), self._host, strict=True):
             storage.resize_(host.nbytes)
             _bytes_of(storage).copy_(host, non_blocking=True)
@@ -726,7 +689,7 @@ class Trainer:
     def weight_bucket(self, index: int) -> bytes:
         """All ranks at once: gather a bucket's full tensors on every rank; returns a handle to this rank's copy.
 
-        The tensors themselves pass through CUDA IPC, or shared memory on a CPU. They live until the next bucket or offload.
+        The tensors pass through CUDA IPC, or shared memory on a CPU, and live until the next bucket or offload.
         """
         from sglang.srt.utils import MultiprocessingSerializer
         from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
@@ -764,8 +727,8 @@ def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
 def group_advantages(rewards: torch.Tensor, scale: bool = True) -> torch.Tensor:
     """Advantages of G responses to each of P prompts, [P, G] -> [P, G] (DeepSeekMath, section 4.1).
 
-    A group of equal rewards gets exact zeros. `scale=False` does not divide by the group's standard deviation (Dr. GRPO,
-    arXiv:2503.20783).
+    A group of equal rewards gets exact zeros. `scale=False` leaves out the division by the group's standard deviation
+    (Dr. GRPO, arXiv:2503.20783).
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     if scale:
@@ -781,7 +744,7 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, *,
               num_tokens: float | None = None, clip_low: float = 0.2, clip_high: float = 0.28,
               ref_logprobs: torch.Tensor | None = None, kl_coef: float = 0.0,
-              rollout_logprobs: torch.Tensor | None = None, importance_cap: float = 0.0) -> torch.Tensor:  # fmt: skip
+              rollout_logprobs: torch.Tensor | None = None, importance_cap: float = 0.0) -> torch.Tensor:
     """The clipped policy-gradient loss, a scalar: the sum over response tokens divided by `num_tokens`.
 
     Args, log-probabilities in nats, [B, T]:
@@ -792,9 +755,9 @@ def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: to
         num_tokens: response tokens of the whole batch, over micro-batches and ranks, so that the sum of their losses is
             the mean over tokens however the batch was split (DAPO, equation 8). Default: those of `mask`.
         clip_low, clip_high: the ratio counts within [1 - clip_low, 1 + clip_high] (DAPO, section 3.1).
-        ref_logprobs, kl_coef: adds kl_coef x the k3 estimate of KL(policy || reference) (joschu.net/blog/kl-approx.html).
-        rollout_logprobs, importance_cap: the engine's; weighs tokens by min(old / rollout, cap), for they were sampled from
-            the engine's probabilities and not from the trainer's. 0: no weights.
+        ref_logprobs, kl_coef: adds kl_coef x the k3 estimate of KL(policy || reference) (joschu.net/blog/kl-approx).
+        rollout_logprobs, importance_cap: the engine's; weighs tokens by min(old / rollout, cap), for they were sampled
+            from the engine's probabilities and not from the trainer's. 0: no weights.
     """
     advantages = advantages.unsqueeze(-1) if advantages.dim() == 1 else advantages  # [B] -> [B, 1]
     mask = mask.to(logprobs.dtype)
@@ -811,7 +774,7 @@ def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: to
 # ---- 7. Task: prompts, reward, the tiny model -----------------------------------------------------------------------
 
 SHAPES = {  # hidden size, MLP size, layers, heads, KV heads, head size, vocabulary; the larger ones are Qwen3's own
-    "tiny": (64, 128, 2, 4, 2, 16, 64),
+    "tiny": (64, 128, 2, 4, 2, 16, 16),
     "0.6B": (1024, 3072, 28, 16, 8, 128, 151936),
     "4B": (2560, 9728, 36, 32, 8, 128, 151936),
 }
@@ -819,14 +782,11 @@ SHAPES = {  # hidden size, MLP size, layers, heads, KV heads, head size, vocabul
 
 @dataclass(frozen=True)
 class Task:
-    """Problems (prompt's token ids, answer), of which some are held out, and verify(text, answer) -> reward in [0, 1]."""
+    """Problems (prompt's token ids, answer), the first 64 held out, and verify(text, answer) -> reward in [0, 1]."""
 
     tokenizer: Any
     problems: list[tuple[list[int], str]]
     verify: Callable[[str, str], float]
-
-    def heldout(self) -> list[tuple[list[int], str]]:
-        return self.problems[:64]
 
     def draw(self, seed: int, step: int, count: int) -> list[tuple[list[int], str]]:
         """The training problems of a step, as a function of (seed, step) alone."""
@@ -852,17 +812,17 @@ def echo_task(config: Config, folder: Path) -> Task:
     hidden, mlp, layers, heads, kv_heads, head_dim, vocabulary_size = SHAPES[config.shape]
     torch.manual_seed(config.seed)
     Qwen3ForCausalLM(Qwen3Config(
-        hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads, head_dim=head_dim,
-        num_key_value_heads=kv_heads, vocab_size=vocabulary_size, initializer_range=0.06 if hidden == 64 else 0.02,
-        tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None, max_position_embeddings=4096,
-    )).save_pretrained(folder)  # fmt: skip
+        hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, head_dim=head_dim, vocab_size=vocabulary_size, max_position_embeddings=4096,
+        initializer_range=0.06 if hidden == 64 else 0.02, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
+    )).save_pretrained(folder)
     problems = [(tokenizer.encode(f"{n:03d}="), f"{n:03d}"[0] * config.max_new_tokens) for n in range(1000)]
     random.Random(0).shuffle(problems)
     return Task(tokenizer, problems, lambda text, answer: sum(map(str.__eq__, text, answer)) / len(answer))
 
 
 def sums_task(config: Config) -> Task:
-    """Sums of two-digit numbers for a pretrained model, in its own chat template; the last number of the text counts."""
+    """Sums of two-digit numbers for a pretrained model, in its own chat template; the last number it says counts."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
@@ -871,7 +831,7 @@ def sums_task(config: Config) -> Task:
         if tokenizer.chat_template is None:
             return tokenizer.encode(question)
         return tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True,
-                                             return_dict=False, enable_thinking=False)  # fmt: skip
+                                             return_dict=False, enable_thinking=False)
 
     pairs = random.Random(0).sample([(a, b) for a in range(10, 100) for b in range(10, 100)], 2000)
     problems = [(encode(f"What is {a} + {b}? Answer with the number only."), str(a + b)) for a, b in pairs]
@@ -887,11 +847,13 @@ class Loop:
     def __init__(self, config: Config, folder: Path, group: PlacementGroup, plan: list[EnginePlacement]):
         self.config, self.plan, self.version, self.seconds = config, plan, 0, {}
         bundles = [bundle for placement in plan for bundle in placement.bundles]  # rank by rank
-        engine, trainer = ray.remote(Engine), ray.remote(Trainer)
-        self.engines = [engine.options(max_concurrency=2, **on_bundle(group, place.bundles[0].index, ENGINE_SHARE)).remote(
-            place, str(folder / f"engine{place.engine}.log")) for place in plan]  # fmt: skip
-        self.trainers = [trainer.options(**on_bundle(group, bundle.index, TRAINER_SHARE)).remote(rank, bundle, config)
-                         for rank, bundle in enumerate(bundles)]  # fmt: skip
+
+        def actor(kind: type, bundle: Bundle, share: float, *args: Any, **options: Any) -> Any:
+            return ray.remote(kind).options(**options, **on_bundle(group, bundle.index, share)).remote(*args)
+
+        self.engines = [actor(Engine, place.bundles[0], ENGINE_SHARE, place, str(folder / f"engine{place.engine}.log"),
+                              max_concurrency=2) for place in plan]
+        self.trainers = [actor(Trainer, b, TRAINER_SHARE, rank, b, config) for rank, b in enumerate(bundles)]
 
     def each(self, actors: Sequence[Any], method: str, *common: Any, own: Sequence[tuple] | None = None) -> list[Any]:
         """Call a method of all actors at once, with common arguments or each with its own, and wait for all."""
@@ -920,40 +882,32 @@ class Loop:
         self.each(self.trainers, "offload")
         self.each(self.engines, "wake", ["kv_cache", "cuda_graph"])
 
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def timed(self, phase: str, function: Callable, *args: Any) -> Any:
         start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        result = function(*args)
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        return result
 
     def step(self, step: int) -> dict[str, Any]:
         config, self.seconds = self.config, {}
-        problems = self.task.draw(config.seed, step, config.prompts_per_step)
-        with self.phase("generate"):
-            samples = self.rollout([prompt for prompt, _ in problems], step)
-        answers = [answer for _, answer in problems for _ in range(config.group_size)]  # [P] -> [P*G]
+        prompts, answers = zip(*self.task.draw(config.seed, step, config.prompts_per_step), strict=True)
+        samples = self.timed("generate", self.rollout, prompts, step)  # P*G, group after group
+        answers = [answer for answer in answers for _ in range(config.group_size)]  # [P] -> [P*G]
         rewards = torch.tensor([self.task.reward(a, s.response_ids) for a, s in zip(answers, samples, strict=True)])
-        advantages = group_advantages(rewards.view(-1, config.group_size), config.scale_advantages)  # [P, G]
-        with self.phase("sleep"):
-            self.each(self.engines, "sleep")
-        with self.phase("onload"):
-            self.each(self.trainers, "onload")
-        with self.phase("train"):
-            trained = self.train(make_batch(samples, advantages.flatten()))
-        with self.phase("wake"):
-            self.each(self.engines, "wake", ["weights"])
-        with self.phase("sync"):
-            self.sync_weights()
-        with self.phase("offload"):
-            self.each(self.trainers, "offload")
-        with self.phase("wake"):
-            self.each(self.engines, "wake", ["kv_cache", "cuda_graph"])
-        scored = (step + 1) % config.heldout_every == 0 or step + 1 == config.steps
-        tokens = sum(len(sample.response_ids) for sample in samples)
-        return {"step": step, "reward": rewards.mean().item(),
-                **({"heldout_reward": self.score_heldout()} if scored else {}),
-                "tokens_per_second": tokens / self.seconds["generate"], "response_tokens": tokens, **trained,
-                **{f"seconds_{name}": seconds for name, seconds in self.seconds.items()}}  # fmt: skip
+        advantages = group_advantages(rewards.view(-1, config.group_size), config.scale_advantages).flatten()
+        self.timed("sleep", self.each, self.engines, "sleep")
+        self.timed("onload", self.each, self.trainers, "onload")
+        trained = self.timed("train", self.train, make_batch(samples, advantages))
+        self.timed("wake", self.each, self.engines, "wake", ["weights"])
+        self.timed("sync", self.sync_weights)
+        self.timed("offload", self.each, self.trainers, "offload")
+        self.timed("wake", self.each, self.engines, "wake", ["kv_cache", "cuda_graph"])
+        metrics = {"step": step, "reward": rewards.mean().item()}
+        if (step + 1) % config.heldout_every == 0 or step + 1 == config.steps:
+            metrics["heldout_reward"] = self.score_heldout()
+        metrics["response_tokens"] = sum(len(sample.response_ids) for sample in samples)
+        metrics["tokens_per_second"] = metrics["response_tokens"] / self.seconds["generate"]
+        return metrics | trained | {f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()}
 
     def rollout(self, prompts: list[list[int]], step: int) -> list[Sample]:
         """`group_size` samples of every prompt, [P] -> [P*G], each with a seed of its own."""
@@ -967,7 +921,7 @@ class Loop:
 
     def score_heldout(self) -> float:
         """Mean reward of greedy answers to the held-out problems."""
-        prompts, answers = zip(*self.task.heldout(), strict=True)
+        prompts, answers = zip(*self.task.problems[:64], strict=True)
         samples = self.ask_engines(prompts, [{"temperature": 0.0}] * len(prompts))
         return sum(self.task.reward(a, s.response_ids) for a, s in zip(answers, samples, strict=True)) / len(answers)
 
@@ -976,7 +930,7 @@ class Loop:
         sampling = [params | {"max_new_tokens": self.config.max_new_tokens} for params in sampling]
         share = -(-len(prompts) // len(self.engines))
         own = [(list(prompts[at : at + share]), sampling[at : at + share], self.config.timeout)
-               for at in range(0, len(prompts), share)]  # fmt: skip
+               for at in range(0, len(prompts), share)]
         return sum(self.each(self.engines[: len(own)], "generate", own=own), [])
 
     def train(self, batch: Batch) -> dict[str, float]:
@@ -985,11 +939,11 @@ class Loop:
         rows = torch.arange(len(batch["tokens"])).view(len(updates), ranks, -1)  # [P*G] -> [updates, ranks, rows]
         tokens = [int(batch["mask"][rows[update].flatten()].sum()) for update in updates]
         own = [([{name: column[rows[update, rank]] for name, column in batch.items()} for update in updates], tokens)
-               for rank in range(ranks)]  # fmt: skip
+               for rank in range(ranks)]
         results = self.each(self.trainers, "train", own=own)
         return {"loss": sum(result["loss"] for result in results), "grad_norm": results[0]["grad_norm"],
                 "logprob_difference_max": max(result["difference_max"] for result in results),
-                "logprob_difference_mean": sum(result["difference_sum"] for result in results) / sum(tokens)}  # fmt: skip
+                "logprob_difference_mean": sum(result["difference_sum"] for result in results) / sum(tokens)}
 
     def sync_weights(self) -> None:
         """Bucket by bucket, from each trainer rank to the scheduler on the same GPU."""
@@ -1004,11 +958,11 @@ class Loop:
 def check_same_device(trainers: list[dict[str, Any]], schedulers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Compare, rank by rank, the device that the trainer and the engine's scheduler process read inside themselves."""
     pairs = [dict(rank=t["rank"], tp_rank=s["tp_rank"], trainer_uuid=t["uuid"], scheduler_uuid=s["uuid"])
-             for t, s in zip(trainers, schedulers, strict=True)]  # fmt: skip
+             for t, s in zip(trainers, schedulers, strict=True)]
     if any(pair["trainer_uuid"] != pair["scheduler_uuid"] for pair in pairs):
         table = format_table([list(pairs[0]), *(list(pair.values()) for pair in pairs)])
         raise PlacementError(f"trainer_uuid and scheduler_uuid differ; expected one GPU in each row:\n{table}\n"
-                             "Start both with the bundle's local_index, in processes that see the node's list.")  # fmt: skip
+                             "Start both with the bundle's local_index, in processes that see the node's list.")
     return pairs
 
 
@@ -1032,15 +986,14 @@ def plot(metrics: list[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(10, 3.5), layout="constrained")
     reward, phases = figure.subplots(1, 2)
-    steps = [row["step"] for row in metrics]
+    steps, names = [row["step"] for row in metrics], [name for name in metrics[0] if name.startswith("seconds_")]
     reward.plot(steps, [row["reward"] for row in metrics], label="training prompts, sampled")
-    reward.plot(*zip(*((row["step"], row["heldout_reward"]) for row in metrics if "heldout_reward" in row), strict=True),
-                "o-", label="held-out prompts, greedy")  # fmt: skip
-    reward.set(xlabel="step", ylabel="reward", ylim=(0, 1.02))
-    names = [name for name in metrics[0] if name.startswith("seconds_")]
+    scored = [(row["step"], row["heldout_reward"]) for row in metrics if "heldout_reward" in row]
+    reward.plot(*zip(*scored, strict=True), "o-", label="held-out prompts, greedy")
     phases.stackplot(steps, *([row[name] for row in metrics] for name in names), labels=[name[8:] for name in names])
-    phases.set(xlabel="step", ylabel="seconds")
-    reward.legend(), phases.legend()
+    for axes, label in ((reward, "reward"), (phases, "seconds")):
+        axes.set(xlabel="step", ylabel=label)
+        axes.legend()
     figure.savefig(path, dpi=110)
 
 
@@ -1048,10 +1001,16 @@ def run(config: Config) -> None:
     """One whole run, from the placement group to the saved model."""
     from tqdm import tqdm
 
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    shipped = {"py_modules": [__file__]}  # to every node of a cluster
     start, metrics = time.perf_counter(), []
     folder = Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").resolve()
     try:
-        start_ray(config)
+        if "RAY_ADDRESS" in os.environ:
+            ray.init(runtime_env=shipped, log_to_driver=False)
+        else:  # Ray counts GPUs itself, but logical ones it must be told
+            logical = {} if device_of(config) == "cuda" else {"num_gpus": num_gpus(config)}
+            ray.init("local", include_dashboard=False, runtime_env=shipped, log_to_driver=False, **logical)
         group = create_placement_group(num_gpus(config), config.placement_timeout)
         plan = plan_engines(probe_bundles(group, config.placement_timeout), config.gpus_per_engine)
         print(placement_table(plan), flush=True)
@@ -1068,8 +1027,7 @@ def run(config: Config) -> None:
                 metrics.append(loop.step(step))
                 file.write(json.dumps(metrics[-1]) + "\n")
                 bar.update()
-                bar.set_postfix_str(f"reward {metrics[-1]['reward']:.3f}")
-                bar.write(step_line(metrics[-1]))
+                bar.write("  ".join(f"{name} {value:.4g}" for name, value in metrics[-1].items()))
         loop.each(loop.trainers, "onload")
         if config.model:
             from transformers import AutoConfig
@@ -1081,30 +1039,13 @@ def run(config: Config) -> None:
         summary = {"heldout_reward_before": loop.heldout_before, "heldout_reward_after": metrics[-1]["heldout_reward"],
                    "steps": config.steps, "wall_seconds": time.perf_counter() - start, "device": device_of(config),
                    "devices": loop.devices, "versions": {name: importlib.metadata.version(name) for name in
-                                                         ("sglang", "torch", "ray", "transformers")}}  # fmt: skip
+                                                         ("sglang", "torch", "ray", "transformers")}}
         (folder / "summary.json").write_text(json.dumps(summary, indent=2))
         print(f"held-out reward {summary['heldout_reward_before']:.3f} -> {summary['heldout_reward_after']:.3f} after "
-              f"{config.steps} steps, {summary['wall_seconds']:.0f} s; see {folder}")  # fmt: skip
+              f"{config.steps} steps, {summary['wall_seconds']:.0f} s; see {folder}")
         loop.each(loop.engines, "shutdown")
     finally:
         ray.shutdown()  # ends every actor, and with them SGLang's processes, which are set to die with their parent
-
-
-def step_line(row: dict[str, Any]) -> str:
-    phases = "  ".join(f"{name[8:]} {seconds:.2f}" for name, seconds in row.items() if name.startswith("seconds_"))
-    heldout = f"  heldout {row['heldout_reward']:.3f}" if "heldout_reward" in row else ""
-    return (f"step {row['step']:3d}  reward {row['reward']:.3f}  {row['tokens_per_second']:6.0f} tok/s  "
-            f"|dlogp| {row['logprob_difference_max']:.0e}  {phases} s{heldout}")  # fmt: skip
-
-
-def start_ray(config: Config) -> None:
-    """Join the cluster that RAY_ADDRESS names, or start one on this machine; this file is shipped to every node."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    options = dict(runtime_env={"py_modules": [__file__]}, log_to_driver=False, logging_level="error")
-    if "RAY_ADDRESS" not in os.environ:
-        options |= dict(address="local", include_dashboard=False)
-        options |= dict(num_gpus=num_gpus(config)) if device_of(config) == "cpu" else {}
-    ray.init(**options)
 
 
 # ---- 9. Command line ------------------------------------------------------------------------------------------------
@@ -1112,13 +1053,13 @@ def start_ray(config: Config) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> Config:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    groups = {option.metadata["group"]: None for option in dataclasses.fields(Config)}
-    groups = {name: parser.add_argument_group(name) for name in groups}
+    groups = {name: parser.add_argument_group(name) for name in ("run", "placement", "model", "rollout", "training")}
     for option in dataclasses.fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if option.type == "bool" else {
-            "type": type(option.default), "choices": option.metadata["choices"]}  # fmt: skip
-        groups[option.metadata["group"]].add_argument(f"--{option.name.replace('_', '-')}", default=option.default,
-                                                      help=f"{option.metadata['help']} (%(default)s)", **kind)  # fmt: skip
+        meta, flag = option.metadata, f"--{option.name.replace('_', '-')}"
+        kind = dict(type=type(option.default), choices=meta["choices"])
+        if isinstance(option.default, bool):
+            kind = dict(action=argparse.BooleanOptionalAction)
+        groups[meta["group"]].add_argument(flag, default=option.default, help=f"{meta['help']} (%(default)s)", **kind)
     return Config(**vars(parser.parse_args(argv)))
 
 
@@ -1140,7 +1081,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # What this script defines would be called __main__.Engine, which Ray's workers and SGLang's processes cannot import.
+    # Ray's workers and SGLang's processes cannot import __main__.Engine; under the module's own name they can.
     import colocate_rl
 
     sys.exit(colocate_rl.main())
