@@ -5,11 +5,8 @@ SGLang generates, torch (FSDP2) trains, Ray places both on the GPUs of one place
     generate -> engine sleeps -> trainer onloads, trains -> engine wakes its weights -> weights are sent
              -> trainer offloads -> engine wakes its KV cache and CUDA graphs
 
-* Ray's GPU ids are entries of the node's list; SGLang and torch count positions in the process's list.
-  `local_gpu_index` converts and never guesses; `plan_engines` refuses what SGLang cannot express.
-* Trainer ranks and SGLang's scheduler processes each report the UUID of the device they use, and the two must agree.
-* Custom all-reduce v2 and CUDA graphs stay on; ENGINE_FAULTS says what the known faults of their capture mean.
-* What generates is what was trained: weights are checked exactly at start, log-probabilities compared every step.
+It takes care of the mapping from Ray's GPU ids to local indices, proves that trainer and engine use the same devices,
+keeps custom all-reduce v2 and CUDA graphs on, and checks in every step that what generates is what was trained.
 
 The algorithm is GRPO (DeepSeekMath, arXiv:2402.03300) with DAPO's token mean and asymmetric clip (arXiv:2503.14476) and
 truncated importance weights for the difference between the engine's and the trainer's probabilities.
@@ -24,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import dataclasses
 import importlib.metadata
 import ipaddress
@@ -36,15 +32,13 @@ import re
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import torch
@@ -59,7 +53,7 @@ def _option(default: Any, group: str, help: str, low: float | None = None, choic
     return field(default=default, metadata={"group": group, "help": help, "low": low, "choices": choices})
 
 
-@dataclass(frozen=True)
+@dataclass
 class Config:
     """Every setting of a run. The command line is made from it; numbers must be above 0, or at least `low`."""
 
@@ -68,23 +62,19 @@ class Config:
     heldout_every: int = _option(10, "run", "score the held-out prompts greedily every this many steps")
     dry_run: bool = _option(False, "run", "place, print the mapping of bundles to engines, and stop")
     timeout: float = _option(600.0, "run", "limit, in seconds, of an engine's start and of every other single call")
-
     device: str = _option("auto", "placement", "auto: cuda where there is one", choices=("auto", "cuda", "cpu"))
     gpus: int = _option(0, "placement", "GPUs to use, logical ones on a CPU; 0: all of this machine, or 1", low=0)
     gpus_per_engine: int = _option(1, "placement", "tensor parallel size (TP) of each engine")
     placement_timeout: float = _option(60.0, "placement", "seconds to wait for the placement group")
-
     model: str = _option("", "model", "Hugging Face id or folder, trained on sums; empty: a Qwen3 from random weights")
     shape: str = _option("tiny", "model", "size of the Qwen3 from random weights", choices=("tiny", "0.6B", "4B"))
     trust_remote_code: bool = _option(False, "model", "run the code that a model folder brings along")
-
     prompts_per_step: int = _option(16, "rollout", "different prompts in a step")
     group_size: int = _option(8, "rollout", "responses sampled for each prompt", low=2)
     max_new_tokens: int = _option(4, "rollout", "longest response, in tokens")
     temperature: float = _option(1.0, "rollout", "of sampling; training divides its logits by the same")
     context_length: int = _option(512, "rollout", "longest prompt and response together, in tokens")
     mem_fraction: float = _option(0.6, "rollout", "share of a GPU for the engine's weights and KV cache")
-
     learning_rate: float = _option(3e-3, "training", "of AdamW, constant")
     updates_per_step: int = _option(2, "training", "optimizer steps on a batch; the clip matters from the second on")
     micro_batch: int = _option(64, "training", "sequences in one forward and backward pass of a rank")
@@ -94,18 +84,15 @@ class Config:
     kl_coef: float = _option(0.0, "training", "weight of the k3 KL to the initial model; 0: no such model", low=0)
     importance_cap: float = _option(2.0, "training", "cap on trainer/rollout probability; 0: no correction", low=0)
 
-
-def device_of(config: Config) -> str:
-    return config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def num_gpus(config: Config) -> int:
-    return config.gpus or torch.cuda.device_count() or 1
+    def __post_init__(self) -> None:
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.gpus = self.gpus or torch.cuda.device_count() or 1
 
 
 def check_config(config: Config) -> list[str]:
     """Every problem with the settings; each names the option, its value and what was expected."""
-    problems, gpus, samples = [], num_gpus(config), config.prompts_per_step * config.group_size
+    problems: list[str] = []
 
     def expect(holds: bool, name: str, expected: str) -> None:
         if not holds:
@@ -119,11 +106,11 @@ def check_config(config: Config) -> list[str]:
     expect(config.clip_low < 1, "clip_low", "less than 1")
     expect(config.mem_fraction < 1, "mem_fraction", "less than 1")
     expect(config.max_new_tokens < config.context_length, "max_new_tokens", "fewer than --context-length")
-    expect(config.gpus_per_engine == 1 or device_of(config) == "cuda" or config.dry_run,
+    expect(config.gpus_per_engine == 1 or config.device == "cuda" or config.dry_run,
            "gpus_per_engine", "1 on a CPU: SGLang has no tensor parallelism there")
     if not problems:
-        expect(gpus % config.gpus_per_engine == 0, "gpus", f"a multiple of --gpus-per-engine {config.gpus_per_engine}")
-        shares = gpus * config.updates_per_step
+        expect(config.gpus % config.gpus_per_engine == 0, "gpus", f"a multiple of {config.gpus_per_engine} an engine")
+        samples, shares = config.prompts_per_step * config.group_size, config.gpus * config.updates_per_step
         expect(samples % shares == 0, "prompts_per_step", f"prompts x --group-size ({samples}) to divide by GPUs x "
                f"--updates-per-step ({shares}), so that all ranks train on equal shares")
     return problems
@@ -140,8 +127,8 @@ def visible_devices(value: str | None, device_count: int) -> list[str]:
     """What a process sees, as tokens; a token's position is the index that torch and SGLang count by.
 
     `value` is its CUDA_VISIBLE_DEVICES. Unset (None) means all of `device_count` devices. Where it is set, a count
-    larger than the list can only be the machine's, and an index past it is invalid. As in CUDA, the list ends before the
-    first invalid entry (usually "-1"). Raises PlacementError where a device is named twice.
+    larger than the list can only be the machine's, and an index past it is invalid. As in CUDA, the list ends before
+    the first invalid entry (usually "-1"). Raises PlacementError where a device is named twice.
     """
     if value is None:
         return [str(index) for index in range(device_count)]
@@ -173,8 +160,8 @@ def local_gpu_index(gpu_id: int | str, visible: Sequence[str]) -> int:
     if len(positions) != 1:
         raise PlacementError(
             f"gpu_id={gpu_id!r} matches {len(positions)} entries of the visible list {list(visible)}; expected one. "
-            "Give this process its node's list: set RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES=1 in its runtime_env and "
-            "leave CUDA_VISIBLE_DEVICES alone.")
+            "Give this process its node's list: RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES=1 in its runtime_env, and "
+            "CUDA_VISIBLE_DEVICES left alone.")
     return positions[0]
 
 
@@ -236,7 +223,7 @@ def get_base_gpu_id(engine: int, gpus_per_engine: int, gpus_per_node: int) -> in
     """The loop-index formula, for where no bundle was probed; equals the plan only if all visible GPUs are taken."""
     if engine < 0 or gpus_per_engine < 1 or gpus_per_node < 1 or gpus_per_node % gpus_per_engine:
         raise PlacementError(f"engine={engine}, gpus_per_engine={gpus_per_engine}, gpus_per_node={gpus_per_node}; "
-                             "expected whole engines on each node. Choose gpus_per_engine so that it divides gpus_per_node.")
+                             "expected whole engines on each node. Choose gpus_per_engine to divide gpus_per_node.")
     return engine * gpus_per_engine % gpus_per_node
 
 
@@ -279,18 +266,17 @@ class Probe:
         (gpu_id,), node_id = ray.get_gpu_ids(), ray.get_runtime_context().get_node_id()
         (node,) = (node for node in ray.nodes() if node["NodeID"] == node_id)
         value, node_ip = os.environ.get("CUDA_VISIBLE_DEVICES"), node["NodeManagerAddress"]
-        on_gpu = torch.cuda.is_available()
-        device_count = torch.cuda.device_count() if on_gpu else int(node["Resources"]["GPU"])
+        device_count = torch.cuda.device_count() or int(node["Resources"]["GPU"])  # logical GPUs
         visible = visible_devices(value, device_count)
-        if on_gpu and len(visible) != device_count:
+        if torch.cuda.is_available() and len(visible) != device_count:
             raise PlacementError(f"CUDA_VISIBLE_DEVICES={value!r} reads as {len(visible)} devices, torch counts "
                                  f"{device_count} on {node_ip}; expected the same. Name devices that the machine has.")
         local_index = local_gpu_index(gpu_id, visible)
-        return Bundle(index, node_id, node_ip, gpu_id, local_index, device_uuid(local_index) if on_gpu else None)
+        return Bundle(index, node_id, node_ip, gpu_id, local_index, device_uuid(local_index))
 
 
-def device_uuid(local_index: int) -> str:
-    return f"GPU-{torch.cuda.get_device_properties(local_index).uuid}"
+def device_uuid(local_index: int) -> str | None:
+    return f"GPU-{torch.cuda.get_device_properties(local_index).uuid}" if torch.cuda.is_available() else None
 
 
 def probe_bundles(group: PlacementGroup, timeout_s: float) -> list[Bundle]:
@@ -332,16 +318,14 @@ def placement_table(engines: Sequence[EnginePlacement]) -> str:
 
 MEMORY_TAGS = ("kv_cache", "weights", "cuda_graph")  # SGLang's names for what can sleep
 
-# What the log says, what caused it, what helps. The first two were taken for one and the same fault.
+# What an engine's log says, what it means, what helps. The first two were taken for one and the same fault.
 ENGINE_FAULTS = (
     (r"custom_all_reduce\.cuh:\d+: CUDA error: invalid argument",
      "a captured all-reduce registers graph memory that CUDA IPC cannot export; the device mapping is not the cause",
      "keep the graph pool out of the memory saver, and expandable_segments out of PYTORCH_CUDA_ALLOC_CONF"),
-    (r"CUDA error: invalid device ordinal",
-     "base_gpu_id is no index into the visible list; a physical id was probably used as one",
+    (r"CUDA error: invalid device ordinal", "base_gpu_id is no index into the visible list, but maybe a physical id",
      "use plan_engines, and compare --dry-run with CUDA_VISIBLE_DEVICES"),
-    (r"CUDA out of memory|Not enough memory|memory capacity is unbalanced",
-     "the GPU does not have the memory that the engine asks for",
+    (r"CUDA out of memory|Not enough memory|memory capacity is unbalanced", "the GPU lacks the memory asked for",
      "lower --mem-fraction, or end what else runs there (nvidia-smi lists it)"),
     (r"Address already in use|EADDRINUSE", "another process took the engine's port", "start again"),
 )
@@ -366,12 +350,11 @@ def run_scheduler(server_args: Any, port_args: Any, gpu_id: int, tp_rank: int, *
     from sglang.srt.layers import sampler
     from sglang.srt.managers.scheduler import run_scheduler_process
     from sglang.srt.server_args import get_global_server_args
-
     if server_args.device == "cuda":
         torch.cuda.set_device(gpu_id)  # before any other CUDA call, which would leave a context on device 0
     else:
         sampler.multinomial_with_seed = draw_with_seeds  # SGLang's own is a Triton kernel
-    reading, send = {"tp_rank": tp_rank, **read_device(server_args.device, gpu_id)}, args[-1].send
+    reading, send = {"tp_rank": tp_rank, **read_device(gpu_id)}, args[-1].send
 
     def send_ready(message: dict[str, Any]) -> None:
         # Set earlier, this selects kernels that a CPU lacks. Now that the scheduler is built, only the sampler still
@@ -383,10 +366,10 @@ def run_scheduler(server_args: Any, port_args: Any, gpu_id: int, tp_rank: int, *
     run_scheduler_process(server_args, port_args, gpu_id, tp_rank, *args)
 
 
-def read_device(kind: str, local_index: int) -> dict[str, Any]:
+def read_device(local_index: int) -> dict[str, Any]:
     """What the calling process sees and uses."""
-    uuid = device_uuid(local_index) if kind == "cuda" else None
-    return dict(pid=os.getpid(), visible=os.environ.get("CUDA_VISIBLE_DEVICES"), local_index=local_index, uuid=uuid)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return dict(pid=os.getpid(), visible=visible, local_index=local_index, uuid=device_uuid(local_index))
 
 
 def draw_with_seeds(logprobs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -402,7 +385,7 @@ def prepare_cpu_engine() -> None:
 
     All that a CPU engine imports of it is `sgl_kernel.kvcacheio`, and it calls none of that. Children inherit sys.path.
     """
-    package = Path(tempfile.gettempdir(), f"colocate_rl-{os.getuid()}", "sgl_kernel")
+    package = Path.home() / ".cache/colocate_rl/sgl_kernel"
     package.mkdir(parents=True, exist_ok=True)
     (package / "__init__.py").touch()
     any_name = "def __getattr__(name):\n    if name.startswith('__'):\n        raise AttributeError(name)\n"
@@ -427,7 +410,7 @@ def engine_args(config: Config, placement: EnginePlacement, model: str) -> dict[
     """The arguments of `sglang.Engine`, but for its port."""
     args = dict(model_path=model, trust_remote_code=config.trust_remote_code, context_length=config.context_length,
                 base_gpu_id=placement.base_gpu_id, tp_size=len(placement.bundles), random_seed=config.seed,
-                skip_tokenizer_init=True, log_level="info", device=device_of(config))
+                skip_tokenizer_init=True, log_level="info", device=config.device)
     if args["device"] == "cpu":
         samples = config.prompts_per_step * config.group_size
         # sleep_on_idle: a scheduler that polls takes a core from the trainer
@@ -438,8 +421,7 @@ def engine_args(config: Config, placement: EnginePlacement, model: str) -> dict[
                        disable_piecewise_cuda_graph=True, enforce_disable_flashinfer_allreduce_fusion=True)
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One response of an engine."""
 
     prompt_ids: list[int]
@@ -471,7 +453,6 @@ class Engine:
         if args["device"] == "cpu":
             prepare_cpu_engine()
         from sglang.srt.entrypoints.engine import Engine as SGLangEngine
-
         class ColocatedEngine(SGLangEngine):
             run_scheduler_process_func = staticmethod(run_scheduler)
 
@@ -479,7 +460,6 @@ class Engine:
         try:
             self.engine = ColocatedEngine(**args, nccl_port=port)
         except Exception as error:
-            traceback.print_exc()  # into the log
             raise EngineError(f"{self.name} did not start: {explain_failure(self.read_log())}") from error
         return [info["reading"] for info in self.engine._scheduler_init_result.scheduler_infos]
 
@@ -530,7 +510,6 @@ class Engine:
         Refused while another call runs, and where the tags are not in the state that the call needs.
         """
         from sglang.srt.managers import io_struct
-
         async def ask() -> Any:
             manager, deadline = self.engine.tokenizer_manager, time.monotonic() + timeout_s
             reply = getattr(manager, method)(getattr(io_struct, request)(**fields))
@@ -563,21 +542,21 @@ class Engine:
 # ---- 5. Trainer: one Ray actor a GPU; FSDP2; offload and onload; weights out ----------------------------------------
 
 Batch = dict[str, torch.Tensor]  # see make_batch
-BUCKET_BYTES = 2 * 2**30  # of weights on their way to the engine
+BUCKET_BYTES = 2 * 2**30  # of weights on their way to the engine, about
 
 
 class Trainer:
     """A Ray actor on one GPU: the policy and its optimizer, sharded over all ranks."""
 
     def __init__(self, rank: int, bundle: Bundle, config: Config):
-        if device_of(config) == "cpu":
+        if config.device == "cpu":
             prepare_cpu_engine()
         import transformers  # noqa: F401  slow: here it happens while the engines start
-
         self.rank, self.config, self.node_ip = rank, config, bundle.node_ip
-        self.on_gpu = device_of(config) == "cuda"
+        self.on_gpu = config.device == "cuda"
         self.device = torch.device("cuda", bundle.local_index) if self.on_gpu else torch.device("cpu")
-        self.reading = {"rank": rank, **read_device(self.device.type, bundle.local_index)}
+        self.backend = torch.get_device_module(self.device)  # torch.cuda or torch.cpu
+        self.reading = {"rank": rank, **read_device(bundle.local_index)}
         self._host: list[torch.Tensor] = []  # what offload moved, in the order of _storages
         self._sent = None  # the last bucket, alive while the engine reads it
 
@@ -590,16 +569,14 @@ class Trainer:
         """Join the process group and load the model; returns what this process sees, and its number of buckets."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         from transformers import AutoModelForCausalLM
-
-        if self.on_gpu:
-            torch.cuda.set_device(self.device)
-        else:
+        self.backend.set_device(self.device)
+        if not self.on_gpu:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))  # Ray sets 1
         dist.init_process_group("nccl" if self.on_gpu else "gloo", init_method=address, rank=self.rank,
                                 world_size=world_size, timeout=timedelta(seconds=self.config.timeout))
+        mesh = dist.init_device_mesh(self.device.type, (world_size,))
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if self.on_gpu else MixedPrecisionPolicy()
-        shard = dict(mesh=dist.init_device_mesh(self.device.type, (world_size,)), mp_policy=precision,
-                     reshard_after_forward=True)
+        shard = dict(mesh=mesh, mp_policy=precision, reshard_after_forward=True)
 
         def load() -> torch.nn.Module:
             network = AutoModelForCausalLM.from_pretrained(
@@ -612,19 +589,16 @@ class Trainer:
         self.model = load()
         self.reference = load().requires_grad_(False) if self.config.kl_coef else None
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate, weight_decay=0.0)
-        self.send_dtype, room = torch.bfloat16 if self.on_gpu else torch.float32, 0
-        self.buckets: list[list[str]] = []
-        for name, parameter in self.model.named_parameters():  # tied weights are named once
-            room -= parameter.numel() * self.send_dtype.itemsize
-            if room < 0:
-                self.buckets.append([])
-                room = BUCKET_BYTES - parameter.numel() * self.send_dtype.itemsize
-            self.buckets[-1].append(name)
-        return self.reading | {"buckets": len(self.buckets)}
+        self.send_dtype = torch.bfloat16 if self.on_gpu else torch.float32
+        nbytes = sum(parameter.numel() for parameter in self.model.parameters()) * self.send_dtype.itemsize
+        self.num_buckets = math.ceil(nbytes / BUCKET_BYTES)
+        return self.reading | {"num_buckets": self.num_buckets}
 
     def train(self, batches: list[Batch], num_tokens: list[int]) -> dict[str, float]:
         """One optimizer step for each batch, of which this is the rank's share; `num_tokens` counts all ranks'."""
         config, losses, norms = self.config, [], []
+        options = dict(clip_low=config.clip_low, clip_high=config.clip_high, kl_coef=config.kl_coef,
+                       importance_cap=config.importance_cap)
         batches = [{name: column.to(self.device) for name, column in batch.items()} for batch in batches]
         with torch.no_grad():
             for batch in batches:
@@ -635,11 +609,9 @@ class Trainer:
             losses.append(0.0)
             for rows in torch.arange(len(batch["tokens"])).split(config.micro_batch):
                 part = {name: column[rows] for name, column in batch.items()}
-                loss = grpo_loss(
-                    self._logprobs(self.model, part["tokens"]), part["old"], part["advantages"], part["mask"],
-                    num_tokens=total, clip_low=config.clip_low, clip_high=config.clip_high, ref_logprobs=part["ref"],
-                    kl_coef=config.kl_coef, rollout_logprobs=part["rollout"],
-                    importance_cap=config.importance_cap)
+                logprobs = self._logprobs(self.model, part["tokens"])
+                loss = grpo_loss(logprobs, part["old"], part["advantages"], part["mask"], num_tokens=total,
+                                 ref_logprobs=part["ref"], rollout_logprobs=part["rollout"], **options)
                 (loss * dist.get_world_size()).backward()  # FSDP averages over ranks; the loss is a share of a sum
                 losses[-1] += loss.item()
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=1.0)
@@ -650,7 +622,7 @@ class Trainer:
                 "difference_max": difference.max().item(), "difference_sum": difference.sum().item()}
 
     def _logprobs(self, model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-        """Log-probability of each next token, [B, T] -> [B, T-1]; padded on the right, it needs no mask but causality."""
+        """Log-probability of each next token, [B, T] -> [B, T-1]; with padding on the right, causality masks it."""
         rows = []
         for part in tokens.split(self.config.micro_batch):
             logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()  # [b, T-1, V]
@@ -670,8 +642,7 @@ class Trainer:
                        for storage in storages[len(self._host) :]]
         for storage, host in zip(storages, self._host, strict=True):
             host.copy_(_bytes_of(storage), non_blocking=True)
-        if self.on_gpu:
-            torch.cuda.synchronize()
+        self.backend.synchronize()
         for storage in storages:
             storage.resize_(0)
         if self.on_gpu:
@@ -683,8 +654,7 @@ class Trainer:
         for storage, host in zip(self._storages(), self._host, strict=True):
             storage.resize_(host.nbytes)
             _bytes_of(storage).copy_(host, non_blocking=True)
-        if self.on_gpu:
-            torch.cuda.synchronize()
+        self.backend.synchronize()
 
     def weight_bucket(self, index: int) -> bytes:
         """All ranks at once: gather a bucket's full tensors on every rank; returns a handle to this rank's copy.
@@ -694,15 +664,14 @@ class Trainer:
         from sglang.srt.utils import MultiprocessingSerializer
         from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
         from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
-
         if self.on_gpu:
             monkey_patch_torch_reductions()  # the handle names its device by UUID
         torch.multiprocessing.set_sharing_strategy("file_system")  # by name: the reader is no child of this process
-        parameters, self._sent = dict(self.model.named_parameters()), None
-        bucket = FlattenedTensorBucket([(name, self._full(parameters[name])) for name in self.buckets[index]])
+        self._sent = None
+        names = [name for name, _ in self.model.named_parameters()][index :: self.num_buckets]  # tied ones come once
+        bucket = FlattenedTensorBucket([(name, self._full(self.model.get_parameter(name))) for name in names])
         self._sent = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
-        if self.on_gpu:
-            torch.cuda.synchronize()  # the reader, in another process, does not wait for this stream
+        self.backend.synchronize()  # the reader, in another process, does not wait for this stream
         return MultiprocessingSerializer.serialize(self._sent)
 
     def _full(self, parameter: torch.Tensor) -> torch.Tensor:
@@ -711,7 +680,6 @@ class Trainer:
     def save(self, folder: str) -> None:
         """All ranks at once: gather the weights; rank 0 writes them as safetensors."""
         from safetensors.torch import save_file
-
         tensors = {name: self._full(parameter).cpu() for name, parameter in self.model.named_parameters()}
         if self.rank == 0:
             save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})
@@ -747,17 +715,15 @@ def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: to
               rollout_logprobs: torch.Tensor | None = None, importance_cap: float = 0.0) -> torch.Tensor:
     """The clipped policy-gradient loss, a scalar: the sum over response tokens divided by `num_tokens`.
 
-    Args, log-probabilities in nats, [B, T]:
-        logprobs: of the policy that learns, with gradient.
-        old_logprobs: the trainer's own, before the first update on this batch.
-        advantages: [B], or what broadcasts to [B, T].
-        mask: [B, T], 1 for response tokens.
+    Log-probabilities are [B, T] in nats: of the policy that learns, with gradient; `old`, the trainer's own before the
+    first update on this batch; `ref`, the reference's; `rollout`, the engine's.
+        advantages: [B], or what broadcasts to [B, T]. mask: [B, T], 1 for response tokens.
         num_tokens: response tokens of the whole batch, over micro-batches and ranks, so that the sum of their losses is
             the mean over tokens however the batch was split (DAPO, equation 8). Default: those of `mask`.
         clip_low, clip_high: the ratio counts within [1 - clip_low, 1 + clip_high] (DAPO, section 3.1).
-        ref_logprobs, kl_coef: adds kl_coef x the k3 estimate of KL(policy || reference) (joschu.net/blog/kl-approx).
-        rollout_logprobs, importance_cap: the engine's; weighs tokens by min(old / rollout, cap), for they were sampled
-            from the engine's probabilities and not from the trainer's. 0: no weights.
+        kl_coef: of the k3 estimate of KL(policy || reference) (joschu.net/blog/kl-approx.html).
+        importance_cap: tokens weigh min(old / rollout, cap), for they were sampled from the engine's probabilities and
+            not from the trainer's; 0: no weights.
     """
     advantages = advantages.unsqueeze(-1) if advantages.dim() == 1 else advantages  # [B] -> [B, 1]
     mask = mask.to(logprobs.dtype)
@@ -780,20 +746,12 @@ SHAPES = {  # hidden size, MLP size, layers, heads, KV heads, head size, vocabul
 }
 
 
-@dataclass(frozen=True)
-class Task:
-    """Problems (prompt's token ids, answer), the first 64 held out, and verify(text, answer) -> reward in [0, 1]."""
+class Task(NamedTuple):
+    """What to learn. The first 64 problems are held out."""
 
     tokenizer: Any
-    problems: list[tuple[list[int], str]]
-    verify: Callable[[str, str], float]
-
-    def draw(self, seed: int, step: int, count: int) -> list[tuple[list[int], str]]:
-        """The training problems of a step, as a function of (seed, step) alone."""
-        return random.Random(f"{seed}/{step}").sample(self.problems[64:], count)
-
-    def reward(self, answer: str, response_ids: list[int]) -> float:
-        return self.verify(self.tokenizer.decode(response_ids, skip_special_tokens=True), answer)
+    problems: list[tuple[list[int], str]]  # token ids of the prompt, answer
+    verify: Callable[[str, str], float]  # text of the response, answer -> reward in [0, 1]
 
 
 def echo_task(config: Config, folder: Path) -> Task:
@@ -803,7 +761,6 @@ def echo_task(config: Config, folder: Path) -> Task:
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
     vocabulary = {token: index for index, token in enumerate(("<pad>", "<eos>", "=", *"0123456789"))}
     characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     characters.pre_tokenizer, characters.decoder = pre_tokenizers.Split(Regex("."), "isolated"), decoders.Fuse()
@@ -824,14 +781,13 @@ def echo_task(config: Config, folder: Path) -> Task:
 def sums_task(config: Config) -> Task:
     """Sums of two-digit numbers for a pretrained model, in its own chat template; the last number it says counts."""
     from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
 
     def encode(question: str) -> list[int]:
-        if tokenizer.chat_template is None:
+        if not tokenizer.chat_template:
             return tokenizer.encode(question)
-        return tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True,
-                                             return_dict=False, enable_thinking=False)
+        chat = [{"role": "user", "content": question}]
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, enable_thinking=False)
 
     pairs = random.Random(0).sample([(a, b) for a in range(10, 100) for b in range(10, 100)], 2000)
     problems = [(encode(f"What is {a} + {b}? Answer with the number only."), str(a + b)) for a, b in pairs]
@@ -871,13 +827,13 @@ class Loop:
         self.each(self.engines, "sleep")
         address = self.each(self.trainers[:1], "rendezvous")[0]
         readings = self.each(self.trainers, "start", address, len(self.trainers), model)
-        self.devices, self.num_buckets = check_same_device(readings, schedulers), readings[0]["buckets"]
+        self.devices, self.num_buckets = check_same_device(readings, schedulers), readings[0]["num_buckets"]
         # The sync, checked exactly: overwritten with noise and then sent by the trainer, the weights must be those that
         # the engine had loaded from the same file. SGLang compares on a GPU only; elsewhere log-probabilities must do.
         self.each(self.engines, "wake", ["weights"])
         self.each(self.engines, "check_weights", "reset_tensors")
         self.sync_weights()
-        if device_of(self.config) == "cuda":
+        if self.config.device == "cuda":
             self.each(self.engines, "check_weights", "compare")
         self.each(self.trainers, "offload")
         self.each(self.engines, "wake", ["kv_cache", "cuda_graph"])
@@ -890,11 +846,12 @@ class Loop:
 
     def step(self, step: int) -> dict[str, Any]:
         config, self.seconds = self.config, {}
-        prompts, answers = zip(*self.task.draw(config.seed, step, config.prompts_per_step), strict=True)
+        problems = random.Random(f"{config.seed}/{step}").sample(self.task.problems[64:], config.prompts_per_step)
+        prompts, answers = zip(*problems, strict=True)
         samples = self.timed("generate", self.rollout, prompts, step)  # P*G, group after group
         answers = [answer for answer in answers for _ in range(config.group_size)]  # [P] -> [P*G]
-        rewards = torch.tensor([self.task.reward(a, s.response_ids) for a, s in zip(answers, samples, strict=True)])
-        advantages = group_advantages(rewards.view(-1, config.group_size), config.scale_advantages).flatten()
+        rewards = self.rewards(samples, answers).view(-1, config.group_size)  # [P*G] -> [P, G]
+        advantages = group_advantages(rewards, config.scale_advantages).flatten()  # [P, G] -> [P*G]
         self.timed("sleep", self.each, self.engines, "sleep")
         self.timed("onload", self.each, self.trainers, "onload")
         trained = self.timed("train", self.train, make_batch(samples, advantages))
@@ -919,11 +876,14 @@ class Loop:
             raise EngineError(f"weight_version of samples is {stale}; expected {self.version}: a sync did not arrive")
         return samples
 
+    def rewards(self, samples: Sequence[Sample], answers: Sequence[str]) -> torch.Tensor:
+        texts = [self.task.tokenizer.decode(sample.response_ids, skip_special_tokens=True) for sample in samples]
+        return torch.tensor([self.task.verify(text, answer) for text, answer in zip(texts, answers, strict=True)])
+
     def score_heldout(self) -> float:
         """Mean reward of greedy answers to the held-out problems."""
         prompts, answers = zip(*self.task.problems[:64], strict=True)
-        samples = self.ask_engines(prompts, [{"temperature": 0.0}] * len(prompts))
-        return sum(self.task.reward(a, s.response_ids) for a, s in zip(answers, samples, strict=True)) / len(answers)
+        return self.rewards(self.ask_engines(prompts, [{"temperature": 0.0}] * len(prompts)), answers).mean().item()
 
     def ask_engines(self, prompts: Sequence[list[int]], sampling: list[dict[str, Any]]) -> list[Sample]:
         """Deal the prompts out to the engines in equal shares; answers come in the prompts' order."""
@@ -941,9 +901,13 @@ class Loop:
         own = [([{name: column[rows[update, rank]] for name, column in batch.items()} for update in updates], tokens)
                for rank in range(ranks)]
         results = self.each(self.trainers, "train", own=own)
+        mean = sum(result["difference_sum"] for result in results) / sum(tokens)
+        limit = 0.02 if self.config.device == "cuda" else 1e-4  # bf16, or fp32
+        if not mean < limit:
+            raise EngineError(f"logprob_difference_mean is {mean:.2g} nats; expected below {limit} between rollout and "
+                              "trainer: what generates is not what is trained. Check the weight sync.")
         return {"loss": sum(result["loss"] for result in results), "grad_norm": results[0]["grad_norm"],
-                "logprob_difference_max": max(result["difference_max"] for result in results),
-                "logprob_difference_mean": sum(result["difference_sum"] for result in results) / sum(tokens)}
+                "logprob_difference_max": max(r["difference_max"] for r in results), "logprob_difference_mean": mean}
 
     def sync_weights(self) -> None:
         """Bucket by bucket, from each trainer rank to the scheduler on the same GPU."""
@@ -955,15 +919,14 @@ class Loop:
             self.each(self.engines, "update_weights", own=own)
 
 
-def check_same_device(trainers: list[dict[str, Any]], schedulers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def check_same_device(trainers: list[dict[str, Any]], schedulers: list[dict[str, Any]]) -> list[tuple]:
     """Compare, rank by rank, the device that the trainer and the engine's scheduler process read inside themselves."""
-    pairs = [dict(rank=t["rank"], tp_rank=s["tp_rank"], trainer_uuid=t["uuid"], scheduler_uuid=s["uuid"])
-             for t, s in zip(trainers, schedulers, strict=True)]
-    if any(pair["trainer_uuid"] != pair["scheduler_uuid"] for pair in pairs):
-        table = format_table([list(pairs[0]), *(list(pair.values()) for pair in pairs)])
-        raise PlacementError(f"trainer_uuid and scheduler_uuid differ; expected one GPU in each row:\n{table}\n"
+    rows = [(t["rank"], s["tp_rank"], t["uuid"], s["uuid"]) for t, s in zip(trainers, schedulers, strict=True)]
+    if any(trainer_uuid != scheduler_uuid for _, _, trainer_uuid, scheduler_uuid in rows):
+        table = format_table([("rank", "tp_rank", "trainer's UUID", "scheduler's UUID"), *rows])
+        raise PlacementError(f"trainer and engine use different GPUs; expected one GPU in each row:\n{table}\n"
                              "Start both with the bundle's local_index, in processes that see the node's list.")
-    return pairs
+    return rows
 
 
 def make_batch(samples: Sequence[Sample], advantages: torch.Tensor) -> Batch:
@@ -983,7 +946,6 @@ def make_batch(samples: Sequence[Sample], advantages: torch.Tensor) -> Batch:
 def plot(metrics: list[dict[str, Any]], path: Path) -> None:
     """Reward and phase times, by step."""
     from matplotlib.figure import Figure
-
     figure = Figure(figsize=(10, 3.5), layout="constrained")
     reward, phases = figure.subplots(1, 2)
     steps, names = [row["step"] for row in metrics], [name for name in metrics[0] if name.startswith("seconds_")]
@@ -1000,7 +962,6 @@ def plot(metrics: list[dict[str, Any]], path: Path) -> None:
 def run(config: Config) -> None:
     """One whole run, from the placement group to the saved model."""
     from tqdm import tqdm
-
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     shipped = {"py_modules": [__file__]}  # to every node of a cluster
     start, metrics = time.perf_counter(), []
@@ -1009,9 +970,9 @@ def run(config: Config) -> None:
         if "RAY_ADDRESS" in os.environ:
             ray.init(runtime_env=shipped, log_to_driver=False)
         else:  # Ray counts GPUs itself, but logical ones it must be told
-            logical = {} if device_of(config) == "cuda" else {"num_gpus": num_gpus(config)}
+            logical = {} if config.device == "cuda" else {"num_gpus": config.gpus}
             ray.init("local", include_dashboard=False, runtime_env=shipped, log_to_driver=False, **logical)
-        group = create_placement_group(num_gpus(config), config.placement_timeout)
+        group = create_placement_group(config.gpus, config.placement_timeout)
         plan = plan_engines(probe_bundles(group, config.placement_timeout), config.gpus_per_engine)
         print(placement_table(plan), flush=True)
         if config.dry_run:
@@ -1026,23 +987,23 @@ def run(config: Config) -> None:
             for step in range(config.steps):
                 metrics.append(loop.step(step))
                 file.write(json.dumps(metrics[-1]) + "\n")
-                bar.update()
                 bar.write("  ".join(f"{name} {value:.4g}" for name, value in metrics[-1].items()))
+                bar.set_postfix(reward=metrics[-1]["reward"], tokens_per_second=metrics[-1]["tokens_per_second"])
+                bar.update()
         loop.each(loop.trainers, "onload")
         if config.model:
             from transformers import AutoConfig
-
             task.tokenizer.save_pretrained(model)
             AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code).save_pretrained(model)
         loop.each(loop.trainers, "save", model)
         plot(metrics, folder / "reward.png")
-        summary = {"heldout_reward_before": loop.heldout_before, "heldout_reward_after": metrics[-1]["heldout_reward"],
-                   "steps": config.steps, "wall_seconds": time.perf_counter() - start, "device": device_of(config),
-                   "devices": loop.devices, "versions": {name: importlib.metadata.version(name) for name in
-                                                         ("sglang", "torch", "ray", "transformers")}}
+        versions = {name: importlib.metadata.version(name) for name in ("sglang", "torch", "ray", "transformers")}
+        summary = dict(heldout_reward_before=loop.heldout_before, heldout_reward_after=metrics[-1]["heldout_reward"],
+                       steps=config.steps, wall_seconds=time.perf_counter() - start, device=config.device,
+                       devices=loop.devices, versions=versions)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2))
-        print(f"held-out reward {summary['heldout_reward_before']:.3f} -> {summary['heldout_reward_after']:.3f} after "
-              f"{config.steps} steps, {summary['wall_seconds']:.0f} s; see {folder}")
+        print("held-out reward {heldout_reward_before:.3f} -> {heldout_reward_after:.3f} after {steps} steps, "
+              "{wall_seconds:.0f} s".format(**summary), f"in {folder}")
         loop.each(loop.engines, "shutdown")
     finally:
         ray.shutdown()  # ends every actor, and with them SGLang's processes, which are set to die with their parent
