@@ -963,15 +963,14 @@ def run(config: Config) -> None:
     """One whole run, from the placement group to the saved model."""
     from tqdm import tqdm
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    shipped = {"py_modules": [__file__]}  # to every node of a cluster
+    options: dict[str, Any] = dict(runtime_env={"py_modules": [__file__]}, log_to_driver=False, logging_level="error")
+    if "RAY_ADDRESS" not in os.environ:  # start Ray here; it counts real GPUs itself, logical ones it must be told
+        options |= dict(address="local", include_dashboard=False)
+        options |= dict(num_gpus=config.gpus) if config.device == "cpu" else {}
     start, metrics = time.perf_counter(), []
     folder = Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").resolve()
     try:
-        if "RAY_ADDRESS" in os.environ:
-            ray.init(runtime_env=shipped, log_to_driver=False)
-        else:  # Ray counts GPUs itself, but logical ones it must be told
-            logical = {} if config.device == "cuda" else {"num_gpus": config.gpus}
-            ray.init("local", include_dashboard=False, runtime_env=shipped, log_to_driver=False, **logical)
+        ray.init(**options)
         group = create_placement_group(config.gpus, config.placement_timeout)
         plan = plan_engines(probe_bundles(group, config.placement_timeout), config.gpus_per_engine)
         print(placement_table(plan), flush=True)

@@ -1,0 +1,680 @@
+"""Tests of colocate_rl.py with the real Ray, SGLang and torch; none of them needs a GPU."""
+
+import json
+import math
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import colocate_rl as c
+from colocate_rl import (
+    Bundle,
+    Config,
+    PlacementError,
+    check_config,
+    get_base_gpu_id,
+    group_advantages,
+    grpo_loss,
+    local_gpu_index,
+    plan_engines,
+    token_logprobs,
+    visible_devices,
+)
+
+MODULE = Path(c.__file__).resolve()
+UUIDS = ["GPU-aaaaaaaa-1111-2222-3333-444444444444", "GPU-aaaabbbb-1111-2222-3333-444444444444"]
+MIG = "MIG-GPU-aaaaaaaa-1111-2222-3333-444444444444/1/0"
+EIGHT = list("01234567")
+
+
+def python(*args, cwd, timeout=60, **env):
+    kept = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "RAY_ADDRESS")}
+    env = kept | {"PYTHONPATH": str(MODULE.parent), "RAY_USAGE_STATS_ENABLED": "0"} | env
+    return subprocess.run([sys.executable, *args], cwd=cwd, env=env, timeout=timeout, capture_output=True, text=True)
+
+
+# ---- Devices --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("value", "count", "expected"), [
+    pytest.param(None, 3, ["0", "1", "2"], id="unset"),
+    pytest.param("", 8, [], id="empty"),
+    pytest.param("4,5,6,7", 4, ["4", "5", "6", "7"], id="count-of-the-list"),
+    pytest.param("4,5,6,7", 8, ["4", "5", "6", "7"], id="count-of-the-machine"),
+    pytest.param(" 1 ,00\t", 2, ["1", "0"], id="trimmed"),
+    *[pytest.param(f"2,{bad},3", 4, ["2"], id=f"ends-at-'{bad}'") for bad in ("-1", "-2", "", "abc", "1.5", "GPU-")],
+    pytest.param("0,8,1", 8, ["0"], id="ends-past-the-machine"),
+    pytest.param("0,7,1", 8, ["0", "7", "1"], id="last-of-the-machine"),
+    pytest.param("0,-1,0", 4, ["0"], id="twice-but-after-the-end"),
+    pytest.param(f"{UUIDS[0]},{UUIDS[1]},{MIG}", 8, [*UUIDS, MIG], id="uuids-and-mig"),
+])
+def test_visible_devices(value, count, expected):
+    assert visible_devices(value, count) == expected
+
+
+@pytest.mark.parametrize("value", ["0,1,0", "0,00", f"{UUIDS[0]},GPU-aaaaa", f"GPU-aaaaa,{UUIDS[0]}", f"{MIG},{MIG}"])
+def test_a_device_named_twice_is_refused(value):
+    with pytest.raises(PlacementError, match=re.escape(repr(value))):
+        visible_devices(value, 2)
+
+
+@pytest.mark.parametrize(("gpu_id", "visible", "expected"), [
+    pytest.param(1, ["0", "1"], 1, id="int"),
+    pytest.param("1", ["3", "1"], 1, id="digits"),
+    pytest.param("4", ["4", "5", "6", "7"], 0, id="physical-id"),
+    pytest.param("1", ["11", "1"], 1, id="a-number-is-no-prefix"),
+    pytest.param(UUIDS[1], UUIDS, 1, id="uuid"),
+    pytest.param("GPU-aaaab", UUIDS, 1, id="id-is-prefix"),
+    pytest.param(UUIDS[1], ["GPU-aaaaa", "GPU-aaaab"], 1, id="entry-is-prefix"),
+    pytest.param(MIG, [UUIDS[1], MIG], 1, id="mig"),
+])
+def test_local_gpu_index(gpu_id, visible, expected):
+    assert local_gpu_index(gpu_id, visible) == expected
+
+
+@pytest.mark.parametrize(("gpu_id", "visible"), [
+    pytest.param(0, ["4", "5"], id="a-valid-position"),
+    pytest.param("1", ["3", "2"], id="a-valid-position-as-digits"),
+    pytest.param(0, UUIDS, id="int-among-uuids"),
+    pytest.param(0, [], id="nothing-visible"),
+    pytest.param("GPU-aaaa", UUIDS, id="ambiguous-prefix"),
+])
+def test_an_id_that_is_not_one_entry_is_refused(gpu_id, visible):
+    with pytest.raises(PlacementError) as error:
+        local_gpu_index(gpu_id, visible)
+    assert repr(gpu_id) in str(error.value) and str(visible) in str(error.value)
+
+
+# ---- Engine plan ----------------------------------------------------------------------------------------------------
+
+
+def held(gpu_ids, visible, ip="10.0.0.1", node="a"):
+    return [Bundle(0, node, ip, gpu_id, local_gpu_index(gpu_id, visible)) for gpu_id in gpu_ids]
+
+
+def shuffled(bundles):
+    return random.Random(1).sample(bundles, len(bundles))
+
+
+@pytest.mark.parametrize(("bundles", "gpus_per_engine", "bases", "gpu_ids"), [
+    pytest.param(held("4567", list("4567")), 2, [0, 2], ["45", "67"], id="worked-example"),
+    pytest.param(held("01", list("10")), 2, [0], ["10"], id="list-1,0"),
+    pytest.param(held("4567", EIGHT), 4, [4], ["4567"], id="upper-half"),
+    pytest.param(held("123", list("0123")), 1, [1, 2, 3], ["1", "2", "3"], id="first-gpu-held-by-another"),
+    pytest.param(held("4567", EIGHT) + held("0123", EIGHT, "10.0.0.2", "b"), 4, [4, 0], ["4567", "0123"], id="halves"),
+])
+def test_plan_where_the_formula_may_be_wrong(bundles, gpus_per_engine, bases, gpu_ids):
+    plan = plan_engines(shuffled(bundles), gpus_per_engine)
+    assert [engine.base_gpu_id for engine in plan] == bases
+    assert ["".join(bundle.gpu_id for bundle in engine.bundles) for engine in plan] == gpu_ids
+
+
+def test_nodes_are_sorted_by_ip_as_numbers_and_kept_apart_by_id():
+    nodes = [("10.0.0.9", "z"), ("10.0.0.10", "b"), ("10.0.0.10", "c"), ("10.0.1.1", "a")]
+    plan = plan_engines(shuffled([bundle for ip, node in nodes for bundle in held("01", EIGHT, ip, node)]), 2)
+    assert [[(b.node_ip, b.node_id) for b in engine.bundles] for engine in plan] == [[node] * 2 for node in nodes]
+    assert [(engine.engine, engine.node_ip) for engine in plan] == list(enumerate(ip for ip, _ in nodes))
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_plan_is_the_formula_where_every_visible_gpu_is_held(data):
+    per_node, tp = data.draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2), (6, 3), (8, 1), (8, 2), (8, 4), (8, 8)]))
+    lists = data.draw(st.lists(st.permutations(EIGHT).map(lambda ids: ids[:per_node]), min_size=1, max_size=3))
+    bundles = [b for i, visible in enumerate(lists) for b in held(visible, visible, f"10.0.0.{8 + i}", f"node{i}")]
+    plan = plan_engines(data.draw(st.permutations(bundles)), tp)
+    assert [e.base_gpu_id for e in plan] == [get_base_gpu_id(e, tp, per_node) for e in range(len(bundles) // tp)]
+    assert [b for engine in plan for b in engine.bundles] == bundles
+
+
+@pytest.mark.parametrize(("bundles", "gpus_per_engine", "facts"), [
+    pytest.param(held("012", EIGHT), 2, ["gpus_per_engine=2", "3 bundles"], id="does-not-divide"),
+    pytest.param(held("01", EIGHT), 0, ["gpus_per_engine=0"], id="engines-of-none"),
+    pytest.param([], 1, ["0 bundles"], id="no-bundles"),
+    pytest.param(held("0", EIGHT) + held("1", EIGHT, "10.0.0.2", "b"), 2, ["10.0.0.1", "10.0.0.2"], id="two-ips"),
+    pytest.param(held("0", EIGHT) + held("1", EIGHT, node="b"), 2, ["10.0.0.1", "['0', '1']"], id="two-nodes-one-ip"),
+    pytest.param(held("67", list("6017")), 2, ["10.0.0.1", "['6', '7']", "[0, 3]"], id="gap"),
+    pytest.param(held("00", EIGHT), 2, ["['0', '0']", "[0, 0]"], id="one-gpu-twice"),
+])
+def test_a_plan_that_sglang_cannot_express_is_refused(bundles, gpus_per_engine, facts):
+    with pytest.raises(ValueError) as error:
+        plan_engines(bundles, gpus_per_engine)
+    assert type(error.value) is PlacementError and all(fact in str(error.value) for fact in facts), error.value
+
+
+@pytest.mark.parametrize("arguments", [(0, 3, 8), (0, 16, 8), (-1, 2, 8), (0, 0, 8), (0, 1, 0)])
+def test_the_formula_refuses_what_does_not_divide(arguments):
+    with pytest.raises(PlacementError, match="=%d.*=%d.*=%d" % arguments):
+        get_base_gpu_id(*arguments)
+
+
+# ---- Ray, with logical GPUs -----------------------------------------------------------------------------------------
+
+# One cluster that grows: a node of four GPUs, two of them held by another job, then two nodes with lists of their own.
+DRIVER = """
+import dataclasses, json, sys, time
+import ray
+from ray.cluster_utils import Cluster
+import colocate_rl as c
+
+def refused(call, *args):
+    start = time.monotonic()
+    try:
+        call(*args)
+    except c.PlacementError as error:
+        return str(error), time.monotonic() - start
+
+@ray.remote(num_gpus=2)
+class OtherJob:
+    def gpu_ids(self):
+        return ray.get_gpu_ids()
+
+cluster = Cluster(True, head_node_args=dict(num_gpus=4, num_cpus=4, include_dashboard=False))
+ray.init(cluster.address, runtime_env={"py_modules": [c.__file__]}, log_to_driver=False)
+too_many = refused(c.create_placement_group, 6, 1)
+job = OtherJob.remote()
+other = ray.get(job.gpu_ids.remote())
+taken = refused(c.create_placement_group, 4, 1)
+shared = c.probe_bundles(c.create_placement_group(2, 60), 120)
+for visible in sys.argv[1:]:
+    cluster.add_node(num_gpus=2, env_vars={"CUDA_VISIBLE_DEVICES": visible})
+bundles = c.probe_bundles(c.create_placement_group(4, 60), 120)
+plans = [[dataclasses.asdict(engine) for engine in c.plan_engines(found, 2)] for found in (shared, bundles)]
+print(json.dumps(dict(too_many=too_many, other=other, taken=taken, shared=plans[0], listed=plans[1],
+                      spanning=refused(c.plan_engines, bundles, 4))))
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    done = python("-c", DRIVER, "3,1", ",".join(UUIDS), cwd=tmp_path_factory.mktemp("cluster"), timeout=400)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_gpus_held_by_another_job_shift_the_base(cluster):
+    (engine,) = cluster["shared"]
+    assert cluster["other"] == [0, 1]
+    assert [(b["index"], b["gpu_id"], b["local_index"]) for b in engine["bundles"]] == [(0, 2, 2), (1, 3, 3)]
+    assert engine["base_gpu_id"] == 2 != get_base_gpu_id(0, 2, 4)
+
+
+@pytest.mark.parametrize("gpu_ids", [pytest.param(["3", "1"], id="3,1"), pytest.param(UUIDS, id="uuids")])
+def test_the_local_index_is_the_position_in_the_node_s_list(cluster, gpu_ids):
+    (engine,) = (e for e in cluster["listed"] if e["bundles"][0]["gpu_id"] in gpu_ids)
+    assert [(b["gpu_id"], b["local_index"]) for b in engine["bundles"]] == list(zip(gpu_ids, (0, 1), strict=True))
+    assert engine["base_gpu_id"] == 0 and len({b["node_id"] for b in engine["bundles"]}) == 1
+
+
+def test_an_engine_does_not_span_nodes(cluster):
+    message, _ = cluster["spanning"]
+    assert "gpus_per_engine=4" in message and "one node" in message
+
+
+@pytest.mark.parametrize(("case", "numbers"), [
+    pytest.param("too_many", dict(limit=1, asked=6, missing=2, total=4, nodes=1, held=0, free=4), id="too-many"),
+    pytest.param("taken", dict(limit=1, asked=4, missing=2, total=4, nodes=1, held=2, free=2), id="held-by-another"),
+])
+def test_placement_that_cannot_be_is_refused_in_time(cluster, case, numbers):
+    message, seconds = cluster[case]
+    assert [int(n) for n in re.findall(r"\d+", message)] == list(numbers.values()), message
+    assert 1 <= seconds < 5
+
+
+def test_dry_run_prints_the_mapping_and_leaves_nothing(tmp_path):
+    command = [str(MODULE), *"--dry-run --gpus 4 --gpus-per-engine 2 --device cpu".split()]
+    done = python(*command, cwd=tmp_path, timeout=240, CUDA_VISIBLE_DEVICES="4,5,6,7")
+    assert done.returncode == 0, done.stderr
+    header, *rows = (re.split("  +", line) for line in done.stdout.splitlines())
+    columns = [header.index(name) for name in ("Ray id", "local index", "engine", "tp_rank", "base_gpu_id")]
+    found = [" ".join(row[column] for column in columns) for row in rows]
+    assert found == ["'4' 0 0 0 0", "'5' 1 0 1 0", "'6' 2 1 0 2", "'7' 3 1 1 2"]
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- GRPO -----------------------------------------------------------------------------------------------------------
+
+
+def doubles(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_group_advantages():
+    rewards = torch.tensor([[1.0, 0, 0, 0], [2, 2, 4, 4]])  # unbiased standard deviations 1/2 and sqrt(4/3)
+    centred, scaled = torch.tensor([[0.75, -0.25, -0.25, -0.25], [-1, -1, 1, 1]]), torch.tensor([[2], [0.75**0.5]])
+    torch.testing.assert_close(group_advantages(rewards, scale=False), centred)
+    torch.testing.assert_close(group_advantages(rewards), centred * scaled, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_a_group_of_equal_rewards_has_no_advantages(scale):
+    rewards = torch.full((1, 7), 0.7)
+    assert (rewards != rewards.mean()).any()  # rounding alone would make an advantage of it
+    assert (group_advantages(rewards, scale) == 0).all()
+
+
+def test_token_logprobs():
+    logits = doubles([[1, 3], [1, 1]], [[1, 1], [1, 7]]).log() + 5
+    result = token_logprobs(logits, torch.tensor([[1, 0], [0, 0]]))
+    torch.testing.assert_close(result, doubles([3 / 4, 1 / 2], [1 / 2, 1 / 8]).log())
+
+
+@pytest.mark.parametrize(("ratio", "advantage", "loss", "gradient"), [
+    pytest.param(1.0, 2.0, -2.0, -2.0, id="good-token-is-raised"),
+    pytest.param(1.0, -2.0, 2.0, 2.0, id="bad-token-is-lowered"),
+    pytest.param(1.25, 1.0, -1.25, -1.25, id="between-the-two-clips"),
+    pytest.param(1.5, 2.0, -2.56, 0.0, id="clipped-high"),
+    pytest.param(0.5, -1.0, 0.8, 0.0, id="clipped-low"),
+    pytest.param(1.5, -1.0, 1.5, 1.5, id="bad-and-likelier-is-not-clipped"),
+    pytest.param(0.5, 1.0, -0.5, -0.5, id="good-and-unlikelier-is-not-clipped"),
+])
+def test_loss_of_one_token(ratio, advantage, loss, gradient):
+    logprobs = doubles([0.4 * ratio]).log().requires_grad_()
+    result = grpo_loss(logprobs, doubles([0.4]).log(), doubles(advantage), torch.ones(1, 1))
+    result.backward()
+    assert (result.item(), logprobs.grad.item()) == pytest.approx((loss, gradient))
+
+
+@pytest.mark.parametrize(("mask", "num_tokens", "loss"), [
+    pytest.param([[1, 1], [0, 0]], None, -(1 + 1.28) / 2, id="two-tokens"),
+    pytest.param([[1, 1], [1, 0]], None, -(1 + 1.28 - 1.5) / 3, id="mean-over-tokens-not-sequences"),
+    pytest.param([[1, 1], [1, 0]], 6, -(1 + 1.28 - 1.5) / 6, id="of-the-whole-batch"),
+])
+def test_loss_is_a_mean_over_tokens(mask, num_tokens, loss):
+    ratios, mask = doubles([1, 1.5], [1.5, 9]), torch.tensor(mask)
+    result = grpo_loss(ratios.log(), torch.zeros(2, 2), doubles(1, -1), mask, num_tokens=num_tokens)
+    assert result.item() == pytest.approx(loss)
+
+
+@pytest.mark.parametrize("absurd", [1e4, -1e4])
+@pytest.mark.parametrize("name", ["logprobs", "old_logprobs", "ref_logprobs", "rollout_logprobs"])
+def test_padding_changes_nothing(name, absurd):
+    torch.manual_seed(0)
+    inputs = {n: -torch.rand(2, 3) for n in ("logprobs", "old_logprobs", "ref_logprobs", "rollout_logprobs")}
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+
+    def loss_and_gradient(**changed):
+        leaf = (inputs | changed)["logprobs"].clone().requires_grad_()
+        loss = grpo_loss(**inputs | changed | dict(logprobs=leaf), advantages=torch.tensor([1.0, -1.0]), mask=mask,
+                         kl_coef=0.1, importance_cap=2.0)
+        return loss, *torch.autograd.grad(loss, leaf)
+
+    (loss, gradient), padded = loss_and_gradient(), loss_and_gradient(**{name: inputs[name].where(mask > 0, absurd)})
+    assert torch.equal(loss, padded[0]) and torch.equal(gradient, padded[1])
+    assert ((gradient != 0) == (mask > 0)).all()
+
+
+@pytest.mark.parametrize(("difference", "kl"), [
+    pytest.param(math.log(2), 1 - math.log(2), id="reference-likelier"),
+    pytest.param(-math.log(2), math.log(2) - 0.5, id="policy-likelier"),
+    pytest.param(0.0, 0.0, id="equal"),
+])
+def test_kl_is_k3_and_pulls_to_the_reference(difference, kl):
+    logprobs, reference = doubles([-1.0]).requires_grad_(), doubles([-1.0 + difference])
+    loss = grpo_loss(logprobs, doubles([-1.0]), doubles(0), torch.ones(1, 1), ref_logprobs=reference, kl_coef=0.1)
+    loss.backward()
+    assert loss.item() >= 0
+    assert (loss.item(), logprobs.grad.item()) == pytest.approx((0.1 * kl, 0.1 * (1 - math.exp(difference))))
+
+
+@pytest.mark.parametrize(("weight", "cap", "factor"), [
+    pytest.param(3.0, 2.0, 2.0, id="cut"),
+    pytest.param(1.5, 2.0, 1.5, id="below-the-cap"),
+    pytest.param(0.25, 2.0, 0.25, id="never-raised"),
+    pytest.param(3.0, 0.0, 1.0, id="off"),
+])
+def test_importance_weight_is_old_over_rollout_up_to_the_cap(weight, cap, factor):
+    logprobs, old = doubles([0.6]).log().requires_grad_(), doubles([0.5]).log()
+    rollout = old - math.log(weight)
+    loss = grpo_loss(logprobs, old, doubles(2), torch.ones(1, 1), rollout_logprobs=rollout, importance_cap=cap)
+    loss.backward()
+    assert (loss.item(), logprobs.grad.item()) == pytest.approx((-2.4 * factor, -2.4 * factor))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_gradient_does_not_depend_on_the_micro_batches(size):
+    torch.manual_seed(0)
+    logprobs, old, ref, rollout = (-torch.rand(4, 8, 5)).requires_grad_()
+    advantages, mask = torch.randn(8), torch.arange(5) < torch.randint(1, 6, (8, 1))
+
+    def gradient(micro_batches):
+        loss = sum(grpo_loss(logprobs[r], old[r], advantages[r], mask[r], num_tokens=mask.sum(), ref_logprobs=ref[r],
+                             kl_coef=0.1, rollout_logprobs=rollout[r], importance_cap=2) for r in micro_batches)
+        return torch.autograd.grad(loss, logprobs)[0]
+
+    rows = torch.arange(8)
+    torch.testing.assert_close(gradient(rows.split(size)), gradient([rows]), atol=1e-7, rtol=0)
+
+
+# ---- Settings, command line, import ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("changes", "named"), [
+    pytest.param(changes, named, id=named.removeprefix("--").replace(" ", "-")) for changes, named in [
+        (dict(steps=0), "--steps is 0"), (dict(seed=-1), "--seed is -1"), (dict(timeout=math.inf), "--timeout is inf"),
+        (dict(gpus=-1), "--gpus is -1"), (dict(gpus=3, gpus_per_engine=2, dry_run=True), "--gpus is 3"),
+        (dict(gpus_per_engine=0), "--gpus-per-engine is 0"), (dict(gpus_per_engine=2), "--gpus-per-engine is 2"),
+        (dict(gpus=3), "--prompts-per-step is 16"), (dict(group_size=1), "--group-size is 1"),
+        (dict(max_new_tokens=512), "--max-new-tokens is 512"), (dict(temperature=0.0), "--temperature is 0.0"),
+        (dict(mem_fraction=1.0), "--mem-fraction is 1.0"), (dict(learning_rate=math.nan), "--learning-rate is nan"),
+        (dict(clip_low=1.0), "--clip-low is 1.0"), (dict(clip_high=-0.1), "--clip-high is -0.1"),
+        (dict(kl_coef=-1.0), "--kl-coef is -1.0"), (dict(importance_cap=-1.0), "--importance-cap is -1.0")]])
+def test_a_bad_setting_is_named(changes, named):
+    problems = check_config(Config(**dict(device="cpu", gpus=1) | changes))
+    assert any(named in problem for problem in problems), problems
+
+
+def test_settings_at_their_limits_are_accepted_and_all_problems_come_at_once():
+    least = dict(seed=0, clip_low=0.0, clip_high=0.0, kl_coef=0.0, importance_cap=0.0, group_size=2)
+    assert check_config(Config(device="cpu", gpus=1, **least)) == []
+    problems = check_config(Config(device="cpu", gpus=1, steps=0, group_size=1, clip_low=2.0))
+    assert sorted(problem.split()[0] for problem in problems) == ["--clip-low", "--group-size", "--steps"]
+
+
+@pytest.mark.parametrize(("command", "status", "named"), [
+    pytest.param("--group-size 1 --clip-low 2", 2, ["--group-size is 1", "--clip-low is 2"], id="bad-values"),
+    pytest.param("--group-sise 4", 2, ["--group-sise"], id="unknown-option"),
+    pytest.param("--help", 0, ["run:", "placement:", "model:", "rollout:", "training:", "--kl-coef"], id="help"),
+])
+def test_command_line(tmp_path, command, status, named):
+    done = python(str(MODULE), *command.split(), cwd=tmp_path)
+    text, other = (done.stderr, done.stdout) if status else (done.stdout, done.stderr)
+    assert done.returncode == status and all(name in text for name in named) and not other, done
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_import_only_defines(tmp_path):
+    code = """
+import os, sys, threading
+import ray, torch
+before = dict(os.environ), threading.active_count()
+import colocate_rl
+assert not {"sglang", "transformers", "matplotlib"} & set(sys.modules)
+assert not ray.is_initialized() and (dict(os.environ), threading.active_count()) == before
+"""
+    done = python("-c", code, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- The command, end to end ----------------------------------------------------------------------------------------
+
+
+class Job:
+    """`python colocate_rl.py ...` in a folder of its own."""
+
+    def __init__(self, folder, *options):
+        self.folder = folder
+        self.process = subprocess.Popen([sys.executable, c.__file__, *options], cwd=folder, text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def rows(self):
+        files = list(self.folder.glob("runs/*/metrics.jsonl"))
+        return [json.loads(line) for line in files[0].read_text().splitlines()] if files else []
+
+    def until(self, condition, limit_s=240):
+        """Wait for a condition on the metrics; returns the processes that the job has started by then."""
+        deadline = time.monotonic() + limit_s
+        while not condition(self.rows()):
+            assert self.process.poll() is None, self.process.communicate()[0]
+            assert time.monotonic() < deadline, "the job is too slow"
+            time.sleep(0.1)
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def end(self, processes, limit_s=60):
+        """Its exit status and output; fails if one of the processes outlives it by more than 15 seconds."""
+        output = self.process.communicate(timeout=limit_s)[0]
+        assert len(processes) > 5
+        _, alive = psutil.wait_procs(processes, timeout=15)
+        assert not alive, f"left behind: {alive}"
+        return self.process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def main_job(tmp_path_factory):
+    """The main job as a user runs it, to its end."""
+    job = Job(tmp_path_factory.mktemp("main"))
+    processes = job.until(lambda rows: rows)
+    status, output = job.end(processes, 300)
+    assert status == 0, output
+    return job, output
+
+
+def test_main_job_learns(main_job):
+    job, output = main_job
+    (folder,) = job.folder.glob("runs/*")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["heldout_reward_before"] < 0.15 and summary["heldout_reward_after"] > 0.9
+    assert summary["steps"] == len(job.rows()) == c.Config().steps and summary["versions"]["ray"] == ray.__version__
+    assert "base_gpu_id" in output and (folder / "reward.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "config.json").read_text())["seed"] == 0
+
+
+def test_what_generates_is_what_was_trained(main_job):
+    for row in main_job[0].rows():
+        assert 0 < row["logprob_difference_max"] < 1e-4
+        assert {"seconds_generate", "seconds_sleep", "seconds_onload", "seconds_train", "seconds_sync",
+                "seconds_wake", "tokens_per_second"} <= set(row)
+
+
+def test_two_gpus_learn_and_ctrl_c_leaves_nothing(tmp_path):
+    job = Job(tmp_path, "--gpus", "2", "--steps", "400")
+    processes = job.until(lambda rows: any(row.get("heldout_reward", 0) > 0.9 for row in rows), 400)
+    job.process.send_signal(signal.SIGINT)
+    assert job.end(processes)[0] == 130
+    assert all(row["logprob_difference_max"] < 1e-4 for row in job.rows())
+
+
+def test_a_seed_repeats_a_run_and_sigterm_leaves_nothing(main_job, tmp_path):
+    job = Job(tmp_path, "--steps", "400", "--seed", "0")
+    processes = job.until(lambda rows: len(rows) >= 12)
+    job.process.terminate()
+    assert job.end(processes)[0] == 143
+    assert [row["reward"] for row in job.rows()[:12]] == [row["reward"] for row in main_job[0].rows()[:12]]
+
+
+def test_a_dead_scheduler_ends_the_run_with_its_name(tmp_path):
+    job = Job(tmp_path, "--steps", "400", "--seed", "3")
+    processes = job.until(lambda rows: len(rows) >= 1)
+    (scheduler,) = [process for process in processes if "scheduler" in " ".join(process.cmdline())]
+    scheduler.kill()
+    status, output = job.end(processes)
+    assert status == 1 and "error: engine 0" in output and f"[{scheduler.pid}] died" in output
+
+
+# ---- Engine: two started at once, on one local Ray -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_gpus():
+    ray.init("local", num_gpus=2, include_dashboard=False, log_to_driver=False,
+             runtime_env={"py_modules": [c.__file__]})
+    yield c.create_placement_group(2, 60)
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    c.echo_task(c.Config(device="cpu"), folder)
+    return str(folder)
+
+
+def new_engine(group, placement, log):
+    options = c.on_bundle(group, placement.bundles[0].index, c.ENGINE_SHARE)
+    return ray.remote(c.Engine).options(max_concurrency=2, **options).remote(placement, str(log))
+
+
+@pytest.fixture(scope="module")
+def engines(two_gpus, tiny_model, tmp_path_factory):
+    """Two engines started at once, and what their scheduler processes read."""
+    config, logs = c.Config(device="cpu"), tmp_path_factory.mktemp("logs")
+    plan = c.plan_engines(c.probe_bundles(two_gpus, 60), 1)
+    actors = [new_engine(two_gpus, place, logs / f"engine{place.engine}.log") for place in plan]
+    starts = [a.start.remote(c.engine_args(config, p, tiny_model)) for a, p in zip(actors, plan, strict=True)]
+    readings = c.wait_for(starts, 300, "start")
+    yield actors, readings
+    for actor in actors:
+        ray.kill(actor)
+
+
+def ask(engine, prompts, timeout_s=60.0, **sampling):
+    params = [{"max_new_tokens": 8, **sampling} for _ in prompts]
+    return c.wait_for([engine.generate.remote(prompts, params, timeout_s)], 100, "generate")[0]
+
+
+def test_scheduler_processes_report_what_they_see(engines):
+    for index, (reading,) in enumerate(engines[1]):
+        assert reading["tp_rank"] == 0 and reading["local_index"] == index and reading["uuid"] is None
+        assert reading["pid"] != os.getpid()
+    assert engines[1][0][0]["pid"] != engines[1][1][0]["pid"]
+
+
+def test_generate_returns_ids_logprobs_and_version(engines):
+    (sample,) = ask(engines[0][0], [[3, 4, 5, 2]], temperature=0.0)
+    assert sample.prompt_ids == [3, 4, 5, 2] and sample.weight_version == "default"
+    assert len(sample.response_ids) == len(sample.logprobs) and all(logprob < 0 for logprob in sample.logprobs)
+
+
+def test_a_seed_decides_whatever_shares_the_batch_and_on_either_engine(engines):
+    prompt, other = [3, 4, 5, 2], [[7, 7, index % 10 + 3, 2] for index in range(40)]
+    alone = ask(engines[0][0], [prompt], temperature=1.0, sampling_seed=11)[0].response_ids
+    assert ask(engines[0][0], [*other, prompt], temperature=1.0, sampling_seed=11)[-1].response_ids == alone
+    assert ask(engines[0][1], [prompt], temperature=1.0, sampling_seed=11)[0].response_ids == alone
+    assert len({tuple(ask(engines[0][0], [prompt], temperature=1.0, sampling_seed=seed)[0].response_ids)
+                for seed in range(5)}) > 1
+
+
+def test_draw_with_seeds_follows_the_distribution():
+    probabilities = torch.tensor([0.5, 0.0, 0.2, 0.3])
+    rows = 20_000
+    drawn = c.draw_with_seeds(probabilities.log().expand(rows, -1), torch.arange(rows), torch.full((rows,), 7))
+    assert drawn.shape == (rows, 1)
+    assert torch.allclose(torch.bincount(drawn[:, 0], minlength=4) / rows, probabilities, atol=0.02)
+
+
+def test_an_engine_refuses_what_would_kill_its_scheduler(engines):
+    engine = engines[0][0]
+
+    def refused(ref, *words):
+        with pytest.raises(c.EngineError) as error:
+            c.wait_for([ref], 60, "call")
+        assert all(word in str(error.value) for word in ("engine 0", *words)), error.value
+
+    refused(engine.wake.remote(["weights"]), "resume_memory_occupation", "['weights'] asleep")
+    refused(engine.sleep.remote(["kv-cache"]), "release_memory_occupation", "kv-cache")
+    long = engine.generate.remote([[3, 4, 2]], [{"max_new_tokens": 400, "ignore_eos": True}], 60.0)
+    time.sleep(0.3)
+    refused(engine.sleep.remote(), "generate_request is in flight")
+    assert len(c.wait_for([long], 60, "generate")[0][0].response_ids) == 400
+    c.wait_for([engine.sleep.remote(["kv_cache", "weights"])], 60, "sleep")
+    refused(engine.generate.remote([[3, 4, 2]], [{}], 60.0), "asleep: ['kv_cache', 'weights']")
+    refused(engine.sleep.remote(["weights"]), "asleep")
+    refused(engine.update_weights.remote([b""], "1", True), "update_weights_from_tensor")
+    c.wait_for([engine.wake.remote(["weights"])], 60, "wake")
+    c.wait_for([engine.wake.remote(["kv_cache"])], 60, "wake")
+    assert ask(engine, [[3, 4, 2]])  # still alive
+
+
+def test_generation_has_a_limit(engines):
+    with pytest.raises(c.EngineError, match="no answer within 1 s"):
+        many = [[3, 4, 2]] * 128
+        params = [{"max_new_tokens": 500, "ignore_eos": True}] * 128
+        c.wait_for([engines[0][1].generate.remote(many, params, 1.0)], 60, "generate")
+
+
+def test_a_start_that_fails_says_why(two_gpus, engines, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}))
+    placement = c.plan_engines(c.probe_bundles(two_gpus, 60), 1)[0]
+    engine = new_engine(two_gpus, placement, tmp_path / "engine.log")
+    with pytest.raises(c.EngineError) as error:
+        args = c.engine_args(c.Config(device="cpu"), placement, str(tmp_path))
+        c.wait_for([engine.start.remote(args)], 120, "start")
+    ray.kill(engine)
+    assert "engine 0" in str(error.value) and "did not start" in str(error.value)
+    assert "no error" not in str(error.value) and "actor died" not in str(error.value), error.value
+
+
+def test_ports_are_held_and_can_be_listened_on():
+    held = [c.reserve_port() for _ in range(50)]
+    assert len({port for port, _ in held}) == 50
+    with socket.socket() as server:  # as a server does it
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(("127.0.0.1", held[0][0]))
+        server.listen()
+    for _, holder in held:
+        holder.close()
+
+
+# ---- Trainer --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(two_gpus, tiny_model, tmp_path_factory):
+    """The same batch trained on by one rank and by two, with KL to the reference; weights before and after."""
+    torch.manual_seed(0)
+    samples = [c.Sample([3 + i % 10, 4, 2], [3 + (i * 7 + t) % 10 for t in range(2 + i % 4)], [-2.5] * (2 + i % 4), "0")
+               for i in range(16)]
+    batch = c.make_batch(samples, torch.randn(16))
+    rows = {1: [list(range(16))], 2: [[*range(0, 16, 2)], [*range(1, 16, 2)]]}
+    tokens, result = [int(batch["mask"].sum())], {}
+    bundles = c.probe_bundles(two_gpus, 60)
+    for ranks, shares in rows.items():
+        config = c.Config(device="cpu", gpus=ranks, kl_coef=0.1, micro_batch=16 if ranks == 1 else 3)
+        actors = [ray.remote(c.Trainer).options(**c.on_bundle(two_gpus, rank, c.TRAINER_SHARE)).remote(
+            rank, bundles[rank], config) for rank in range(ranks)]
+        call = lambda method, *args: c.wait_for([getattr(a, method).remote(*args) for a in actors], 120, method)  # noqa
+        address = c.wait_for([actors[0].rendezvous.remote()], 60, "rendezvous")[0]
+        call("start", address, ranks, tiny_model)
+        call("offload"), call("onload")
+        metrics = [c.wait_for([a.train.remote([{n: x[share] for n, x in batch.items()}], tokens) for a, share in
+                               zip(actors, shares, strict=True)], 120, "train") for _ in range(2)]
+        call("offload"), call("onload")
+        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
+        call("save", str(folder))
+        result[ranks] = metrics, load_file(folder / "model.safetensors")
+        for actor in actors:
+            ray.kill(actor)
+    return load_file(f"{tiny_model}/model.safetensors"), result
+
+
+def test_training_does_not_depend_on_ranks_or_micro_batches(trained):
+    before, result = trained
+    (one, after_one), (two, after_two) = result[1], result[2]
+    assert set(after_one) == set(before) and any(not torch.equal(after_one[name], before[name]) for name in before)
+    for name in before:
+        assert torch.allclose(after_one[name], after_two[name], atol=2e-6), name
+    for step in range(2):
+        assert sum(rank["loss"] for rank in two[step]) == pytest.approx(one[step][0]["loss"], abs=1e-6)
+        assert two[step][0]["grad_norm"] == pytest.approx(one[step][0]["grad_norm"], rel=1e-4)
+
+
+def test_the_saved_model_loads_in_transformers_and_sglang(main_job, two_gpus, engines, tmp_path):
+    (folder,) = main_job[0].folder.glob("runs/*/model")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("407=", return_tensors="pt").input_ids
+    with torch.no_grad():
+        tokens = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert tokenizer.decode(tokens) == "4444"
+    ray.kill(engines[0][1])
+    placement = c.plan_engines(c.probe_bundles(two_gpus, 60), 1)[1]
+    engine = new_engine(two_gpus, placement, tmp_path / "engine.log")
+    c.wait_for([engine.start.remote(c.engine_args(c.Config(device="cpu"), placement, str(folder)))], 120, "start")
+    assert ask(engine, ids.tolist(), temperature=0.0, max_new_tokens=4)[0].response_ids == tokens
