@@ -1,12 +1,10 @@
 """Reinforcement learning on language models with rollout and training on the same GPUs ("colocate"), in one file.
 
 SGLang generates, torch (FSDP2) trains, Ray places both on the GPUs of one placement group, and they take turns:
-
-    generate -> engine sleeps -> trainer onloads, trains -> engine wakes its weights -> weights are sent
-             -> trainer offloads -> engine wakes its KV cache and CUDA graphs
-
-It takes care of the mapping from Ray's GPU ids to local indices, proves that trainer and engine use the same devices,
-keeps custom all-reduce v2 and CUDA graphs on, and checks in every step that what generates is what was trained.
+generate -> engine sleeps -> trainer onloads, trains -> engine wakes its weights -> weights are sent -> trainer
+offloads -> engine wakes its KV cache and CUDA graphs. The file maps Ray's GPU ids to local indices, proves that trainer
+and engine use the same devices, keeps custom all-reduce v2 and CUDA graphs on, and checks in every step that what
+generates is what was trained.
 
 The algorithm is GRPO (DeepSeekMath, arXiv:2402.03300) with DAPO's token mean and asymmetric clip (arXiv:2503.14476) and
 truncated importance weights for the difference between the engine's and the trainer's probabilities.
@@ -16,8 +14,6 @@ truncated importance weights for the difference between the engine's and the tra
     python colocate_rl.py --dry-run               # place, print the mapping, stop
     python colocate_rl.py --gpus-per-engine 2 --model Qwen/Qwen3-0.6B      # on two GPUs: one engine of TP=2
 """
-
-from __future__ import annotations
 
 import argparse
 import asyncio
@@ -103,6 +99,8 @@ def check_config(config: Config) -> list[str]:
         if type(value) in (int, float):
             fits = math.isfinite(value) and (value > 0 if low is None else value >= low)
             expect(fits, option.name, "a number above 0" if low is None else f"at least {low}")
+        choices = option.metadata["choices"]
+        expect(choices is None or value in choices, option.name, f"one of {choices}")
     expect(config.clip_low < 1, "clip_low", "less than 1")
     expect(config.mem_fraction < 1, "mem_fraction", "less than 1")
     expect(config.max_new_tokens < config.context_length, "max_new_tokens", "fewer than --context-length")
@@ -299,19 +297,13 @@ def wait_for(refs: list, timeout_s: float, what: str) -> list:
         raise error.cause if isinstance(error.cause, (PlacementError, EngineError)) else error from None
 
 
-def format_table(rows: Sequence[Sequence[Any]]) -> str:
-    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(str(c).ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
 def placement_table(engines: Sequence[EnginePlacement]) -> str:
     """The mapping as text, a line a GPU."""
     rows = [("bundle", "node", "Ray id", "local index", "UUID", "engine", "tp_rank", "base_gpu_id")]
-    for place in engines:
-        for rank, b in enumerate(place.bundles):
-            node = f"{b.node_ip}/{b.node_id[:6]}"
-            rows.append((b.index, node, repr(b.gpu_id), b.local_index, b.uuid, place.engine, rank, place.base_gpu_id))
-    return format_table(rows)
+    rows += [(b.index, b.node_ip, repr(b.gpu_id), b.local_index, b.uuid, place.engine, tp_rank, place.base_gpu_id)
+             for place in engines for tp_rank, b in enumerate(place.bundles)]
+    widths = [max(len(str(cell)) for cell in column) + 2 for column in zip(*rows, strict=True)]
+    return "\n".join("".join(str(cell).ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 # ---- 4. Engine: one Ray actor a SGLang engine, and what runs inside its scheduler processes -------------------------
@@ -381,9 +373,9 @@ def draw_with_seeds(logprobs: torch.Tensor, seeds: torch.Tensor, positions: torc
 
 
 def prepare_cpu_engine() -> None:
-    """Let SGLang be imported where its compiled `sgl_kernel` cannot load for want of libcuda.
+    """Let SGLang be imported without libcuda, which its compiled `sgl_kernel` needs; child processes inherit sys.path.
 
-    All that a CPU engine imports of it is `sgl_kernel.kvcacheio`, and it calls none of that. Children inherit sys.path.
+    All that a CPU engine imports of it is `sgl_kernel.kvcacheio`, and it calls none of that.
     """
     package = Path.home() / ".cache/colocate_rl/sgl_kernel"
     package.mkdir(parents=True, exist_ok=True)
@@ -395,10 +387,9 @@ def prepare_cpu_engine() -> None:
 
 
 def reserve_port() -> tuple[int, socket.socket]:
-    """A free TCP port, held by a socket that is bound but does not listen.
+    """A free TCP port, held by a socket that is bound but does not listen; keep the socket as long as the port.
 
-    While it lives the kernel gives the port to nobody who asks for any, so engines that start at once never collide. A
-    server that is told the number can still listen on it: servers set SO_REUSEADDR, as this socket does.
+    The kernel gives it to nobody else, but a server that is told the number can listen on it, thanks to SO_REUSEADDR.
     """
     holder = socket.socket()
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -439,7 +430,6 @@ class Engine:
 
     def __init__(self, placement: EnginePlacement, log: str):
         # A scheduler reports its death by SIGQUIT, upon which SGLang would kill this actor with all that it knows.
-        # Handlers are set in the main thread, which is where Ray runs an actor's __init__.
         signal.signal(signal.SIGQUIT, signal.SIG_IGN)
         self.name = f"engine {placement.engine} (base_gpu_id {placement.base_gpu_id} on {placement.node_ip})"
         self.log, self.engine, self._asleep, self._running = Path(log), None, set(), None
@@ -481,10 +471,7 @@ class Engine:
         self._asleep -= set(tags)
 
     def update_weights(self, buckets: list[bytes], version: str, last: bool) -> None:
-        """Load a bucket of weights; `buckets[r]` is for tp_rank r and names memory on its own GPU.
-
-        Each scheduler opens its entry exactly once: a handle opened twice, or never, leaks device memory.
-        """
+        """Load a bucket of weights; `buckets[r]` names memory on tp_rank r's own GPU, and is opened there exactly once."""
         # The KV cache is from older weights, so it is flushed; one that sleeps was flushed on its way down.
         self._call("update_weights_from_tensor", "UpdateWeightsFromTensorReqInput", awake=["weights"],
                    serialized_named_tensors=buckets, load_format="flattened_bucket", weight_version=version,
@@ -518,8 +505,8 @@ class Engine:
                 dead = [process.pid for process in manager._subprocess_watchdog._processes if not process.is_alive()]
                 if dead or time.monotonic() > deadline:
                     task.cancel()
-                    what = f"the processes {dead} died" if dead else f"no answer within {timeout_s:g} s"
-                    raise EngineError(f"{self.name}: {method}: {what}: {explain_failure(self.read_log())}")
+                    fault = f"the processes {dead} died" if dead else f"no answer within {timeout_s:g} s"
+                    raise EngineError(f"{self.name}: {method}: {fault}: {explain_failure(self.read_log())}")
             return task.result()
 
         if not self._lock.acquire(blocking=False):
@@ -596,7 +583,7 @@ class Trainer:
 
     def train(self, batches: list[Batch], num_tokens: list[int]) -> dict[str, float]:
         """One optimizer step for each batch, of which this is the rank's share; `num_tokens` counts all ranks'."""
-        config, losses, norms = self.config, [], []
+        config, metrics = self.config, {"loss": 0.0}
         options = dict(clip_low=config.clip_low, clip_high=config.clip_high, kl_coef=config.kl_coef,
                        importance_cap=config.importance_cap)
         batches = [{name: column.to(self.device) for name, column in batch.items()} for batch in batches]
@@ -605,21 +592,20 @@ class Trainer:
                 batch["old"] = self._logprobs(self.model, batch["tokens"])
                 batch["ref"] = self._logprobs(self.reference, batch["tokens"]) if self.reference else batch["old"]
         difference = torch.cat([(batch["old"] - batch["rollout"]).abs()[batch["mask"] > 0] for batch in batches])
+        metrics |= {"difference_max": difference.max().item(), "difference_sum": difference.sum().item()}
         for batch, total in zip(batches, num_tokens, strict=True):
-            losses.append(0.0)
             for rows in torch.arange(len(batch["tokens"])).split(config.micro_batch):
                 part = {name: column[rows] for name, column in batch.items()}
                 logprobs = self._logprobs(self.model, part["tokens"])
                 loss = grpo_loss(logprobs, part["old"], part["advantages"], part["mask"], num_tokens=total,
                                  ref_logprobs=part["ref"], rollout_logprobs=part["rollout"], **options)
                 (loss * dist.get_world_size()).backward()  # FSDP averages over ranks; the loss is a share of a sum
-                losses[-1] += loss.item()
+                metrics["loss"] += loss.item() / len(batches)
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=1.0)
-            norms.append(norm.full_tensor().item())
+            metrics["grad_norm"] = norm.full_tensor().item()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        return {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms),
-                "difference_max": difference.max().item(), "difference_sum": difference.sum().item()}
+        return metrics
 
     def _logprobs(self, model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         """Log-probability of each next token, [B, T] -> [B, T-1]; with padding on the right, causality masks it."""
@@ -657,7 +643,7 @@ class Trainer:
         self.backend.synchronize()
 
     def weight_bucket(self, index: int) -> bytes:
-        """All ranks at once: gather a bucket's full tensors on every rank; returns a handle to this rank's copy.
+        """All ranks at once: gather every `num_buckets`-th tensor in full; returns a handle to this rank's copy.
 
         The tensors pass through CUDA IPC, or shared memory on a CPU, and live until the next bucket or offload.
         """
@@ -695,8 +681,7 @@ def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
 def group_advantages(rewards: torch.Tensor, scale: bool = True) -> torch.Tensor:
     """Advantages of G responses to each of P prompts, [P, G] -> [P, G] (DeepSeekMath, section 4.1).
 
-    A group of equal rewards gets exact zeros. `scale=False` leaves out the division by the group's standard deviation
-    (Dr. GRPO, arXiv:2503.20783).
+    A group of equal rewards gets exact zeros. `scale=False` does not divide by the group's deviation (arXiv:2503.20783).
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     if scale:
@@ -715,34 +700,33 @@ def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: to
               rollout_logprobs: torch.Tensor | None = None, importance_cap: float = 0.0) -> torch.Tensor:
     """The clipped policy-gradient loss, a scalar: the sum over response tokens divided by `num_tokens`.
 
-    Log-probabilities are [B, T] in nats: of the policy that learns, with gradient; `old`, the trainer's own before the
-    first update on this batch; `ref`, the reference's; `rollout`, the engine's.
-        advantages: [B], or what broadcasts to [B, T]. mask: [B, T], 1 for response tokens.
-        num_tokens: response tokens of the whole batch, over micro-batches and ranks, so that the sum of their losses is
-            the mean over tokens however the batch was split (DAPO, equation 8). Default: those of `mask`.
-        clip_low, clip_high: the ratio counts within [1 - clip_low, 1 + clip_high] (DAPO, section 3.1).
-        kl_coef: of the k3 estimate of KL(policy || reference) (joschu.net/blog/kl-approx.html).
-        importance_cap: tokens weigh min(old / rollout, cap), for they were sampled from the engine's probabilities and
-            not from the trainer's; 0: no weights.
+    Log-probabilities are [B, T] in nats: of the policy that learns, with gradient; `old`, the trainer's before the
+    first update on this batch; `ref`, the reference's; `rollout`, the engine's. advantages: [B] or broadcastable to
+    [B, T]. mask: [B, T], 1 for response tokens. num_tokens: those of the whole batch, over micro-batches and ranks, so
+    that the sum of their losses is the mean over tokens however the batch was split (DAPO, equation 8); default: of `mask`. The
+    ratio counts within [1 - clip_low, 1 + clip_high] (DAPO, section 3.1). kl_coef weighs the k3 estimate of
+    KL(policy || reference) (joschu.net/blog/kl-approx.html). Where importance_cap is above 0, tokens weigh
+    min(old / rollout, cap), for they were sampled from the engine's probabilities and not from the trainer's.
     """
     advantages = advantages.unsqueeze(-1) if advantages.dim() == 1 else advantages  # [B] -> [B, 1]
-    mask = mask.to(logprobs.dtype)
-    ratio = torch.exp((logprobs - old_logprobs) * mask)  # padding must not overflow
+    padding = mask == 0  # whatever stands there, even an infinity, must not reach the loss or its gradient
+    ratio = torch.exp((logprobs - old_logprobs).masked_fill(padding, 0.0))
     loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
     if rollout_logprobs is not None and importance_cap > 0:
-        loss = loss * torch.exp((old_logprobs - rollout_logprobs) * mask).clamp(max=importance_cap)
+        weight = torch.exp((old_logprobs - rollout_logprobs).masked_fill(padding, 0.0))
+        loss = loss * weight.clamp(max=importance_cap)
     if ref_logprobs is not None and kl_coef > 0:
-        difference = (ref_logprobs - logprobs) * mask
+        difference = (ref_logprobs - logprobs).masked_fill(padding, 0.0)
         loss = loss + kl_coef * (torch.exp(difference) - difference - 1)
     return (loss * mask).sum() / (mask.sum() if num_tokens is None else num_tokens)
 
 
 # ---- 7. Task: prompts, reward, the tiny model -----------------------------------------------------------------------
 
-SHAPES = {  # hidden size, MLP size, layers, heads, KV heads, head size, vocabulary; the larger ones are Qwen3's own
-    "tiny": (64, 128, 2, 4, 2, 16, 16),
-    "0.6B": (1024, 3072, 28, 16, 8, 128, 151936),
-    "4B": (2560, 9728, 36, 32, 8, 128, 151936),
+SHAPES = {  # hidden size, MLP size, layers, heads, KV heads, head size: a toy's, and Qwen3's own but for its vocabulary
+    "tiny": (64, 128, 2, 4, 2, 16),
+    "0.6B": (1024, 3072, 28, 16, 8, 128),
+    "4B": (2560, 9728, 36, 32, 8, 128),
 }
 
 
@@ -766,11 +750,11 @@ def echo_task(config: Config, folder: Path) -> Task:
     characters.pre_tokenizer, characters.decoder = pre_tokenizers.Split(Regex("."), "isolated"), decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
     tokenizer.save_pretrained(folder)
-    hidden, mlp, layers, heads, kv_heads, head_dim, vocabulary_size = SHAPES[config.shape]
+    hidden, mlp, layers, heads, kv_heads, head_dim = SHAPES[config.shape]
     torch.manual_seed(config.seed)
     Qwen3ForCausalLM(Qwen3Config(
         hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, head_dim=head_dim, vocab_size=vocabulary_size, max_position_embeddings=4096,
+        num_key_value_heads=kv_heads, head_dim=head_dim, vocab_size=16, max_position_embeddings=4096,
         initializer_range=0.06 if hidden == 64 else 0.02, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
     )).save_pretrained(folder)
     problems = [(tokenizer.encode(f"{n:03d}="), f"{n:03d}"[0] * config.max_new_tokens) for n in range(1000)]
@@ -778,10 +762,13 @@ def echo_task(config: Config, folder: Path) -> Task:
     return Task(tokenizer, problems, lambda text, answer: sum(map(str.__eq__, text, answer)) / len(answer))
 
 
-def sums_task(config: Config) -> Task:
+def sums_task(config: Config, folder: Path) -> Task:
     """Sums of two-digit numbers for a pretrained model, in its own chat template; the last number it says counts."""
-    from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    from transformers import AutoConfig, AutoTokenizer
+    source = dict(pretrained_model_name_or_path=config.model, trust_remote_code=config.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    for part in (tokenizer, AutoConfig.from_pretrained(**source)):
+        part.save_pretrained(folder)  # where the trained weights join them
 
     def encode(question: str) -> list[int]:
         if not tokenizer.chat_template:
@@ -923,9 +910,8 @@ def check_same_device(trainers: list[dict[str, Any]], schedulers: list[dict[str,
     """Compare, rank by rank, the device that the trainer and the engine's scheduler process read inside themselves."""
     rows = [(t["rank"], s["tp_rank"], t["uuid"], s["uuid"]) for t, s in zip(trainers, schedulers, strict=True)]
     if any(trainer_uuid != scheduler_uuid for _, _, trainer_uuid, scheduler_uuid in rows):
-        table = format_table([("rank", "tp_rank", "trainer's UUID", "scheduler's UUID"), *rows])
-        raise PlacementError(f"trainer and engine use different GPUs; expected one GPU in each row:\n{table}\n"
-                             "Start both with the bundle's local_index, in processes that see the node's list.")
+        raise PlacementError("(rank, tp_rank, trainer's UUID, scheduler's UUID): expected one GPU in each row. Start both "
+                             "at the bundle's local_index, in processes with one list.\n" + "\n".join(map(str, rows)))
     return rows
 
 
@@ -947,13 +933,12 @@ def plot(metrics: list[dict[str, Any]], path: Path) -> None:
     """Reward and phase times, by step."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 3.5), layout="constrained")
-    reward, phases = figure.subplots(1, 2)
-    steps, names = [row["step"] for row in metrics], [name for name in metrics[0] if name.startswith("seconds_")]
-    reward.plot(steps, [row["reward"] for row in metrics], label="training prompts, sampled")
-    scored = [(row["step"], row["heldout_reward"]) for row in metrics if "heldout_reward" in row]
-    reward.plot(*zip(*scored, strict=True), "o-", label="held-out prompts, greedy")
-    phases.stackplot(steps, *([row[name] for row in metrics] for name in names), labels=[name[8:] for name in names])
-    for axes, label in ((reward, "reward"), (phases, "seconds")):
+    left, right = figure.subplots(1, 2)
+    for name, style in (("reward", "-"), ("heldout_reward", "o-")):
+        left.plot(*zip(*[(row["step"], row[name]) for row in metrics if name in row], strict=True), style, label=name)
+    phases = {name[8:]: [row[name] for row in metrics] for name in metrics[0] if name.startswith("seconds_")}
+    right.stackplot([row["step"] for row in metrics], *phases.values(), labels=list(phases))
+    for axes, label in ((left, "mean reward"), (right, "seconds")):
         axes.set(xlabel="step", ylabel=label)
         axes.legend()
     figure.savefig(path, dpi=110)
@@ -967,10 +952,10 @@ def run(config: Config) -> None:
     if "RAY_ADDRESS" not in os.environ:  # start Ray here; it counts real GPUs itself, logical ones it must be told
         options |= dict(address="local", include_dashboard=False)
         options |= dict(num_gpus=config.gpus) if config.device == "cpu" else {}
-    start, metrics = time.perf_counter(), []
-    folder = Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").resolve()
+    start, folder = time.perf_counter(), Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").resolve()
     try:
         ray.init(**options)
+        signal.signal(signal.SIGTERM, exit_on_sigterm)  # Ray has put a handler of its own, which aborts
         group = create_placement_group(config.gpus, config.placement_timeout)
         plan = plan_engines(probe_bundles(group, config.placement_timeout), config.gpus_per_engine)
         print(placement_table(plan), flush=True)
@@ -978,10 +963,10 @@ def run(config: Config) -> None:
             return
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
-        loop = Loop(config, folder, group, plan)
-        model = str(folder / "model")
-        task = sums_task(config) if config.model else echo_task(config, Path(model))
-        loop.start(task, config.model or model)
+        loop, model = Loop(config, folder, group, plan), folder / "model"
+        task = sums_task(config, model) if config.model else echo_task(config, model)
+        loop.start(task, config.model or str(model))
+        metrics = []
         with open(folder / "metrics.jsonl", "w", buffering=1) as file, tqdm(total=config.steps, unit="step") as bar:
             for step in range(config.steps):
                 metrics.append(loop.step(step))
@@ -990,11 +975,7 @@ def run(config: Config) -> None:
                 bar.set_postfix(reward=metrics[-1]["reward"], tokens_per_second=metrics[-1]["tokens_per_second"])
                 bar.update()
         loop.each(loop.trainers, "onload")
-        if config.model:
-            from transformers import AutoConfig
-            task.tokenizer.save_pretrained(model)
-            AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code).save_pretrained(model)
-        loop.each(loop.trainers, "save", model)
+        loop.each(loop.trainers, "save", str(model))
         plot(metrics, folder / "reward.png")
         versions = {name: importlib.metadata.version(name) for name in ("sglang", "torch", "ray", "transformers")}
         summary = dict(heldout_reward_before=loop.heldout_before, heldout_reward_after=metrics[-1]["heldout_reward"],
@@ -1023,13 +1004,17 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     return Config(**vars(parser.parse_args(argv)))
 
 
+def exit_on_sigterm(*_: Any) -> None:
+    sys.exit(128 + signal.SIGTERM)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status: 0, 1 (failed), 2 (settings refused), 130 (Ctrl-C), 143 (SIGTERM)."""
+    """Returns the exit status: 0, 1 (failed), 2 (settings refused), 130 (Ctrl-C); 143 (SIGTERM) is raised."""
     config = parse_args(argv)
     if problems := check_config(config):
         print("\n".join(problems), file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, exit_on_sigterm)
     try:
         run(config)
     except KeyboardInterrupt:
