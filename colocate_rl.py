@@ -1,10 +1,8 @@
 """Reinforcement learning on language models with rollout and training on the same GPUs ("colocate"), in one file.
 
-SGLang generates, torch (FSDP2) trains, Ray places both on the GPUs of one placement group, and they take turns:
-generate -> engine sleeps -> trainer onloads, trains -> engine wakes its weights -> weights are sent -> trainer
-offloads -> engine wakes its KV cache and CUDA graphs. The file maps Ray's GPU ids to local indices, proves that trainer
-and engine use the same devices, keeps custom all-reduce v2 and CUDA graphs on, and checks in every step that what
-generates is what was trained.
+SGLang generates, torch (FSDP2) trains, Ray places both on the GPUs of one placement group, and they take turns. The
+file maps Ray's GPU ids to local indices, proves that trainer and engine use the same devices, keeps custom all-reduce
+v2 and CUDA graphs on, and checks in every step that what generates is what was trained.
 
 The algorithm is GRPO (DeepSeekMath, arXiv:2402.03300) with DAPO's token mean and asymmetric clip (arXiv:2503.14476) and
 truncated importance weights for the difference between the engine's and the trainer's probabilities.
@@ -99,13 +97,12 @@ def check_config(config: Config) -> list[str]:
         if type(value) in (int, float):
             fits = math.isfinite(value) and (value > 0 if low is None else value >= low)
             expect(fits, option.name, "a number above 0" if low is None else f"at least {low}")
-        choices = option.metadata["choices"]
-        expect(choices is None or value in choices, option.name, f"one of {choices}")
-    expect(config.clip_low < 1, "clip_low", "less than 1")
-    expect(config.mem_fraction < 1, "mem_fraction", "less than 1")
+        if choices := option.metadata["choices"]:
+            expect(value in choices, option.name, f"one of {choices}")
+    for name in ("clip_low", "mem_fraction"):
+        expect(getattr(config, name) < 1, name, "less than 1")
     expect(config.max_new_tokens < config.context_length, "max_new_tokens", "fewer than --context-length")
-    expect(config.gpus_per_engine == 1 or config.device == "cuda" or config.dry_run,
-           "gpus_per_engine", "1 on a CPU: SGLang has no tensor parallelism there")
+    expect(config.gpus_per_engine == 1 or config.device == "cuda" or config.dry_run, "gpus_per_engine", "1 on a CPU")
     if not problems:
         expect(config.gpus % config.gpus_per_engine == 0, "gpus", f"a multiple of {config.gpus_per_engine} an engine")
         samples, shares = config.prompts_per_step * config.group_size, config.gpus * config.updates_per_step
@@ -270,11 +267,13 @@ class Probe:
             raise PlacementError(f"CUDA_VISIBLE_DEVICES={value!r} reads as {len(visible)} devices, torch counts "
                                  f"{device_count} on {node_ip}; expected the same. Name devices that the machine has.")
         local_index = local_gpu_index(gpu_id, visible)
-        return Bundle(index, node_id, node_ip, gpu_id, local_index, device_uuid(local_index))
+        return Bundle(index, node_id, node_ip, gpu_id, local_index, read_device(local_index)["uuid"])
 
 
-def device_uuid(local_index: int) -> str | None:
-    return f"GPU-{torch.cuda.get_device_properties(local_index).uuid}" if torch.cuda.is_available() else None
+def read_device(local_index: int) -> dict[str, Any]:
+    """What the calling process sees and uses; on a machine without GPUs the UUID is None."""
+    uuid = f"GPU-{torch.cuda.get_device_properties(local_index).uuid}" if torch.cuda.is_available() else None
+    return dict(pid=os.getpid(), visible=os.environ.get("CUDA_VISIBLE_DEVICES"), local_index=local_index, uuid=uuid)
 
 
 def probe_bundles(group: PlacementGroup, timeout_s: float) -> list[Bundle]:
@@ -327,9 +326,9 @@ class EngineError(RuntimeError):
     """The engine failed, or refused a call that would have killed its scheduler."""
 
 
-def explain_failure(log: str) -> str:
+def explain_failure(log: Path) -> str:
     """The last error line of an engine's log, with its cause and remedy where they are known."""
-    lines = [line.strip() for line in log.splitlines()]
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
     for pattern, cause, remedy in ENGINE_FAULTS:
         if found := [line for line in lines if re.search(pattern, line)]:
             return f"{found[-1]}\n  cause: {cause}\n  remedy: {remedy}"
@@ -358,12 +357,6 @@ def run_scheduler(server_args: Any, port_args: Any, gpu_id: int, tp_rank: int, *
     run_scheduler_process(server_args, port_args, gpu_id, tp_rank, *args)
 
 
-def read_device(local_index: int) -> dict[str, Any]:
-    """What the calling process sees and uses."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return dict(pid=os.getpid(), visible=visible, local_index=local_index, uuid=device_uuid(local_index))
-
-
 def draw_with_seeds(logprobs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """One draw from each row's distribution by inverting its cumulative sum; [B, V], [B], [B] -> [B, 1]."""
     pairs = zip(seeds.tolist(), positions.tolist(), strict=True)
@@ -380,8 +373,8 @@ def prepare_cpu_engine() -> None:
     package = Path.home() / ".cache/colocate_rl/sgl_kernel"
     package.mkdir(parents=True, exist_ok=True)
     (package / "__init__.py").touch()
-    any_name = "def __getattr__(name):\n    if name.startswith('__'):\n        raise AttributeError(name)\n"
-    (package / "kvcacheio.py").write_text(any_name)
+    (package / "kvcacheio.py").write_text(  # any name, as None
+        "def __getattr__(name):\n    if name.startswith('__'):\n        raise AttributeError(name)\n")
     sys.path.insert(0, str(package.parent))
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 
@@ -401,12 +394,11 @@ def engine_args(config: Config, placement: EnginePlacement, model: str) -> dict[
     """The arguments of `sglang.Engine`, but for its port."""
     args = dict(model_path=model, trust_remote_code=config.trust_remote_code, context_length=config.context_length,
                 base_gpu_id=placement.base_gpu_id, tp_size=len(placement.bundles), random_seed=config.seed,
-                skip_tokenizer_init=True, log_level="info", device=config.device)
+                skip_tokenizer_init=True, log_level="info", device=config.device, weight_version="0")
     if args["device"] == "cpu":
         samples = config.prompts_per_step * config.group_size
-        # sleep_on_idle: a scheduler that polls takes a core from the trainer
         return args | dict(dtype="float32", max_running_requests=samples, max_total_tokens=64 * samples,
-                           sleep_on_idle=True)
+                           sleep_on_idle=True)  # a scheduler that polls takes a core from the trainer
     # FlashInfer's all-reduce fusion needs NVLink multicast
     return args | dict(dtype="bfloat16", mem_fraction_static=config.mem_fraction, enable_memory_saver=True,
                        disable_piecewise_cuda_graph=True, enforce_disable_flashinfer_allreduce_fusion=True)
@@ -424,12 +416,12 @@ class Sample(NamedTuple):
 class Engine:
     """A Ray actor around one in-process SGLang engine; create it with `max_concurrency=2`.
 
-    One call runs at a time. The second thread exists so that a call that comes meanwhile is refused, not queued:
-    sleeping with a request in flight kills the scheduler, and so do waking what is awake and generating asleep.
+    One call runs at a time; the second thread exists to refuse what comes meanwhile. Sleeping with a request in flight
+    would kill the scheduler, and so would waking what is awake and generating asleep.
     """
 
     def __init__(self, placement: EnginePlacement, log: str):
-        # A scheduler reports its death by SIGQUIT, upon which SGLang would kill this actor with all that it knows.
+        # A scheduler reports its death by SIGQUIT, at which SGLang would kill this actor and all that it knows.
         signal.signal(signal.SIGQUIT, signal.SIG_IGN)
         self.name = f"engine {placement.engine} (base_gpu_id {placement.base_gpu_id} on {placement.node_ip})"
         self.log, self.engine, self._asleep, self._running = Path(log), None, set(), None
@@ -443,14 +435,12 @@ class Engine:
         if args["device"] == "cpu":
             prepare_cpu_engine()
         from sglang.srt.entrypoints.engine import Engine as SGLangEngine
-        class ColocatedEngine(SGLangEngine):
-            run_scheduler_process_func = staticmethod(run_scheduler)
-
+        SGLangEngine.run_scheduler_process_func = staticmethod(run_scheduler)  # which hands over to SGLang's
         port, self._port_holder = reserve_port()
         try:
-            self.engine = ColocatedEngine(**args, nccl_port=port)
+            self.engine = SGLangEngine(**args, nccl_port=port)
         except Exception as error:
-            raise EngineError(f"{self.name} did not start: {explain_failure(self.read_log())}") from error
+            raise EngineError(f"{self.name} did not start: {explain_failure(self.log)}") from error
         return [info["reading"] for info in self.engine._scheduler_init_result.scheduler_infos]
 
     def generate(self, prompts: list[list[int]], sampling: list[dict[str, Any]], timeout_s: float) -> list[Sample]:
@@ -471,7 +461,7 @@ class Engine:
         self._asleep -= set(tags)
 
     def update_weights(self, buckets: list[bytes], version: str, last: bool) -> None:
-        """Load a bucket of weights; `buckets[r]` names memory on tp_rank r's own GPU, and is opened there exactly once."""
+        """Load a bucket of weights; `buckets[r]`, for tp_rank r, names memory on its GPU and is opened exactly once."""
         # The KV cache is from older weights, so it is flushed; one that sleeps was flushed on its way down.
         self._call("update_weights_from_tensor", "UpdateWeightsFromTensorReqInput", awake=["weights"],
                    serialized_named_tensors=buckets, load_format="flattened_bucket", weight_version=version,
@@ -481,9 +471,6 @@ class Engine:
         """SGLang's checker: "snapshot" keeps the weights, "reset_tensors" spoils them, "compare" wants them equal."""
         self._call("check_weights", "CheckWeightsReqInput", awake=["weights"], action=action)
 
-    def read_log(self) -> str:
-        return self.log.read_text(errors="replace")
-
     def shutdown(self) -> None:
         """End SGLang's processes at once, whatever is in flight."""
         if self.engine is not None:
@@ -492,10 +479,7 @@ class Engine:
 
     def _call(self, method: str, request: str, timeout_s: float = 300.0, awake: Sequence[str] = (),
               asleep: Sequence[str] = (), **fields: Any) -> Any:
-        """Ask SGLang's tokenizer manager until it answers, a process of the engine dies, or the limit passes.
-
-        Refused while another call runs, and where the tags are not in the state that the call needs.
-        """
+        """Ask SGLang's tokenizer manager, with a limit; refused while another call runs or tags are not as it needs."""
         from sglang.srt.managers import io_struct
         async def ask() -> Any:
             manager, deadline = self.engine.tokenizer_manager, time.monotonic() + timeout_s
@@ -506,7 +490,7 @@ class Engine:
                 if dead or time.monotonic() > deadline:
                     task.cancel()
                     fault = f"the processes {dead} died" if dead else f"no answer within {timeout_s:g} s"
-                    raise EngineError(f"{self.name}: {method}: {fault}: {explain_failure(self.read_log())}")
+                    raise EngineError(f"{self.name}: {method}: {fault}: {explain_failure(self.log)}")
             return task.result()
 
         if not self._lock.acquire(blocking=False):
@@ -615,6 +599,10 @@ class Trainer:
             rows.append(token_logprobs(logits / self.config.temperature, part[:, 1:]))
         return torch.cat(rows)
 
+    @staticmethod
+    def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
     def _storages(self) -> list[torch.UntypedStorage]:
         """All that this rank keeps on its device between steps."""
         weights = [*self.model.parameters(), *(self.reference.parameters() if self.reference else ())]
@@ -627,7 +615,7 @@ class Trainer:
         self._host += [torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=self.on_gpu)
                        for storage in storages[len(self._host) :]]
         for storage, host in zip(storages, self._host, strict=True):
-            host.copy_(_bytes_of(storage), non_blocking=True)
+            host.copy_(self._bytes_of(storage), non_blocking=True)
         self.backend.synchronize()
         for storage in storages:
             storage.resize_(0)
@@ -639,7 +627,7 @@ class Trainer:
         """Bring back what `offload` moved. Tensors stay the same objects; the storage behind them comes and goes."""
         for storage, host in zip(self._storages(), self._host, strict=True):
             storage.resize_(host.nbytes)
-            _bytes_of(storage).copy_(host, non_blocking=True)
+            self._bytes_of(storage).copy_(host, non_blocking=True)
         self.backend.synchronize()
 
     def weight_bucket(self, index: int) -> bytes:
@@ -671,17 +659,13 @@ class Trainer:
             save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})
 
 
-def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
 # ---- 6. GRPO (pure) -------------------------------------------------------------------------------------------------
 
 
 def group_advantages(rewards: torch.Tensor, scale: bool = True) -> torch.Tensor:
     """Advantages of G responses to each of P prompts, [P, G] -> [P, G] (DeepSeekMath, section 4.1).
 
-    A group of equal rewards gets exact zeros. `scale=False` does not divide by the group's deviation (arXiv:2503.20783).
+    A group of equal rewards gets exact zeros. `scale=False` does not divide by the deviation (arXiv:2503.20783).
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     if scale:
@@ -703,9 +687,9 @@ def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: to
     Log-probabilities are [B, T] in nats: of the policy that learns, with gradient; `old`, the trainer's before the
     first update on this batch; `ref`, the reference's; `rollout`, the engine's. advantages: [B] or broadcastable to
     [B, T]. mask: [B, T], 1 for response tokens. num_tokens: those of the whole batch, over micro-batches and ranks, so
-    that the sum of their losses is the mean over tokens however the batch was split (DAPO, equation 8); default: of `mask`. The
-    ratio counts within [1 - clip_low, 1 + clip_high] (DAPO, section 3.1). kl_coef weighs the k3 estimate of
-    KL(policy || reference) (joschu.net/blog/kl-approx.html). Where importance_cap is above 0, tokens weigh
+    that the sum of their losses is the mean over tokens however the batch was split (DAPO, equation 8); by default
+    those of `mask`. The ratio counts within [1 - clip_low, 1 + clip_high] (DAPO, section 3.1). kl_coef weighs the k3
+    estimate of KL(policy || reference) (joschu.net/blog/kl-approx.html). Where importance_cap is above 0, tokens weigh
     min(old / rollout, cap), for they were sampled from the engine's probabilities and not from the trainer's.
     """
     advantages = advantages.unsqueeze(-1) if advantages.dim() == 1 else advantages  # [B] -> [B, 1]
@@ -739,9 +723,9 @@ class Task(NamedTuple):
 
 
 def echo_task(config: Config, folder: Path) -> Task:
-    """A Qwen3 from random weights, written to `folder`, and what it learns: "472=" wants its first digit, repeated.
+    """A Qwen3 from random weights, written to `folder`; it learns that "472=" wants its first digit, repeated.
 
-    The reward is the share of the answer's characters that are right, so that a lucky first guess already counts.
+    The reward is the share of right characters, so that a lucky first guess already counts.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -815,8 +799,8 @@ class Loop:
         address = self.each(self.trainers[:1], "rendezvous")[0]
         readings = self.each(self.trainers, "start", address, len(self.trainers), model)
         self.devices, self.num_buckets = check_same_device(readings, schedulers), readings[0]["num_buckets"]
-        # The sync, checked exactly: overwritten with noise and then sent by the trainer, the weights must be those that
-        # the engine had loaded from the same file. SGLang compares on a GPU only; elsewhere log-probabilities must do.
+        # The sync, checked exactly: overwritten with noise and sent by the trainer, the weights must be those that the
+        # engine had loaded from the same file. SGLang compares on GPUs only; elsewhere log-probabilities must do.
         self.each(self.engines, "wake", ["weights"])
         self.each(self.engines, "check_weights", "reset_tensors")
         self.sync_weights()
@@ -834,10 +818,11 @@ class Loop:
     def step(self, step: int) -> dict[str, Any]:
         config, self.seconds = self.config, {}
         problems = random.Random(f"{config.seed}/{step}").sample(self.task.problems[64:], config.prompts_per_step)
-        prompts, answers = zip(*problems, strict=True)
-        samples = self.timed("generate", self.rollout, prompts, step)  # P*G, group after group
-        answers = [answer for answer in answers for _ in range(config.group_size)]  # [P] -> [P*G]
-        rewards = self.rewards(samples, answers).view(-1, config.group_size)  # [P*G] -> [P, G]
+        group = [problem for problem in problems for _ in range(config.group_size)]  # [P] -> [P*G]
+        seeds = random.Random(f"{config.seed}/{step}/sampling")
+        sampling = [dict(sampling_seed=seeds.getrandbits(31), temperature=config.temperature) for _ in group]
+        samples = self.timed("generate", self.ask_engines, group, sampling)
+        rewards = self.rewards(group, samples).view(-1, config.group_size)  # [P*G] -> [P, G]
         advantages = group_advantages(rewards, config.scale_advantages).flatten()  # [P, G] -> [P*G]
         self.timed("sleep", self.each, self.engines, "sleep")
         self.timed("onload", self.each, self.trainers, "onload")
@@ -849,36 +834,28 @@ class Loop:
         metrics = {"step": step, "reward": rewards.mean().item()}
         if (step + 1) % config.heldout_every == 0 or step + 1 == config.steps:
             metrics["heldout_reward"] = self.score_heldout()
-        metrics["response_tokens"] = sum(len(sample.response_ids) for sample in samples)
-        metrics["tokens_per_second"] = metrics["response_tokens"] / self.seconds["generate"]
+        metrics["tokens_per_second"] = sum(len(sample.response_ids) for sample in samples) / self.seconds["generate"]
         return metrics | trained | {f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()}
 
-    def rollout(self, prompts: list[list[int]], step: int) -> list[Sample]:
-        """`group_size` samples of every prompt, [P] -> [P*G], each with a seed of its own."""
-        group = [prompt for prompt in prompts for _ in range(self.config.group_size)]
-        seeds = random.Random(f"{self.config.seed}/{step}/sampling")
-        sampling = [dict(sampling_seed=seeds.getrandbits(31), temperature=self.config.temperature) for _ in group]
-        samples = self.ask_engines(group, sampling)
+    def ask_engines(self, problems: Sequence[tuple], sampling: list[dict[str, Any]]) -> list[Sample]:
+        """Deal the problems' prompts out to the engines in equal shares; answers come in the same order."""
+        sampling = [params | {"max_new_tokens": self.config.max_new_tokens} for params in sampling]
+        share = -(-len(problems) // len(self.engines))
+        own = [([prompt for prompt, _ in problems[at : at + share]], sampling[at : at + share], self.config.timeout)
+               for at in range(0, len(problems), share)]
+        samples = sum(self.each(self.engines[: len(own)], "generate", own=own), [])
         if stale := {sample.weight_version for sample in samples} - {str(self.version)}:
             raise EngineError(f"weight_version of samples is {stale}; expected {self.version}: a sync did not arrive")
         return samples
 
-    def rewards(self, samples: Sequence[Sample], answers: Sequence[str]) -> torch.Tensor:
+    def rewards(self, problems: Sequence[tuple], samples: list[Sample]) -> torch.Tensor:
         texts = [self.task.tokenizer.decode(sample.response_ids, skip_special_tokens=True) for sample in samples]
-        return torch.tensor([self.task.verify(text, answer) for text, answer in zip(texts, answers, strict=True)])
+        return torch.tensor([self.task.verify(text, answer) for text, (_, answer) in zip(texts, problems, strict=True)])
 
     def score_heldout(self) -> float:
         """Mean reward of greedy answers to the held-out problems."""
-        prompts, answers = zip(*self.task.problems[:64], strict=True)
-        return self.rewards(self.ask_engines(prompts, [{"temperature": 0.0}] * len(prompts)), answers).mean().item()
-
-    def ask_engines(self, prompts: Sequence[list[int]], sampling: list[dict[str, Any]]) -> list[Sample]:
-        """Deal the prompts out to the engines in equal shares; answers come in the prompts' order."""
-        sampling = [params | {"max_new_tokens": self.config.max_new_tokens} for params in sampling]
-        share = -(-len(prompts) // len(self.engines))
-        own = [(list(prompts[at : at + share]), sampling[at : at + share], self.config.timeout)
-               for at in range(0, len(prompts), share)]
-        return sum(self.each(self.engines[: len(own)], "generate", own=own), [])
+        heldout = self.task.problems[:64]
+        return self.rewards(heldout, self.ask_engines(heldout, [{"temperature": 0.0}] * len(heldout))).mean().item()
 
     def train(self, batch: Batch) -> dict[str, float]:
         """Deal the batch out, an equal share of rows to each rank in each update."""
@@ -910,16 +887,13 @@ def check_same_device(trainers: list[dict[str, Any]], schedulers: list[dict[str,
     """Compare, rank by rank, the device that the trainer and the engine's scheduler process read inside themselves."""
     rows = [(t["rank"], s["tp_rank"], t["uuid"], s["uuid"]) for t, s in zip(trainers, schedulers, strict=True)]
     if any(trainer_uuid != scheduler_uuid for _, _, trainer_uuid, scheduler_uuid in rows):
-        raise PlacementError("(rank, tp_rank, trainer's UUID, scheduler's UUID): expected one GPU in each row. Start both "
-                             "at the bundle's local_index, in processes with one list.\n" + "\n".join(map(str, rows)))
+        raise PlacementError("(rank, tp_rank, trainer's UUID, scheduler's UUID): expected one GPU in each row. Start "
+                             "both at the bundle's local_index of one list.\n" + "\n".join(map(str, rows)))
     return rows
 
 
 def make_batch(samples: Sequence[Sample], advantages: torch.Tensor) -> Batch:
-    """Pad B responses on the right: tokens [B, T]; mask and rollout log-probabilities [B, T-1]; advantages [B].
-
-    Position t of the [B, T-1] columns speaks of token t + 1, which the model predicts at position t.
-    """
+    """Pad on the right: tokens [B, T], advantages [B]; at t, mask and rollout log-probability of token t + 1 [B, T-1]."""
     sequences = [torch.tensor(sample.prompt_ids + sample.response_ids) for sample in samples]
     tokens = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     mask, rollout = torch.zeros(2, len(samples), tokens.shape[1] - 1)
@@ -950,12 +924,12 @@ def run(config: Config) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = dict(runtime_env={"py_modules": [__file__]}, log_to_driver=False, logging_level="error")
     if "RAY_ADDRESS" not in os.environ:  # start Ray here; it counts real GPUs itself, logical ones it must be told
-        options |= dict(address="local", include_dashboard=False)
-        options |= dict(num_gpus=config.gpus) if config.device == "cpu" else {}
+        logical = config.gpus if config.device == "cpu" else None
+        options |= dict(address="local", include_dashboard=False, num_gpus=logical)
     start, folder = time.perf_counter(), Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").resolve()
     try:
         ray.init(**options)
-        signal.signal(signal.SIGTERM, exit_on_sigterm)  # Ray has put a handler of its own, which aborts
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ray.init has set one that aborts
         group = create_placement_group(config.gpus, config.placement_timeout)
         plan = plan_engines(probe_bundles(group, config.placement_timeout), config.gpus_per_engine)
         print(placement_table(plan), flush=True)
@@ -997,15 +971,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     groups = {name: parser.add_argument_group(name) for name in ("run", "placement", "model", "rollout", "training")}
     for option in dataclasses.fields(Config):
         meta, flag = option.metadata, f"--{option.name.replace('_', '-')}"
-        kind = dict(type=type(option.default), choices=meta["choices"])
-        if isinstance(option.default, bool):
-            kind = dict(action=argparse.BooleanOptionalAction)
+        flag_only, value = argparse.BooleanOptionalAction, dict(type=type(option.default), choices=meta["choices"])
+        kind = dict(action=flag_only) if isinstance(option.default, bool) else value
         groups[meta["group"]].add_argument(flag, default=option.default, help=f"{meta['help']} (%(default)s)", **kind)
     return Config(**vars(parser.parse_args(argv)))
-
-
-def exit_on_sigterm(*_: Any) -> None:
-    sys.exit(128 + signal.SIGTERM)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1014,7 +983,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if problems := check_config(config):
         print("\n".join(problems), file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, exit_on_sigterm)
     try:
         run(config)
     except KeyboardInterrupt:
@@ -1028,5 +996,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     # Ray's workers and SGLang's processes cannot import __main__.Engine; under the module's own name they can.
     import colocate_rl
-
     sys.exit(colocate_rl.main())

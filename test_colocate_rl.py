@@ -549,7 +549,7 @@ def test_scheduler_processes_report_what_they_see(engines):
 
 def test_generate_returns_ids_logprobs_and_version(engines):
     (sample,) = ask(engines[0][0], [[3, 4, 5, 2]], temperature=0.0)
-    assert sample.prompt_ids == [3, 4, 5, 2] and sample.weight_version == "default"
+    assert sample.prompt_ids == [3, 4, 5, 2] and sample.weight_version == "0"
     assert len(sample.response_ids) == len(sample.logprobs) and all(logprob < 0 for logprob in sample.logprobs)
 
 
