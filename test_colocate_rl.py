@@ -19,7 +19,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import colocate_rl as c
 from colocate_rl import (
@@ -488,6 +489,42 @@ def test_a_seed_repeats_a_run_and_sigterm_leaves_nothing(main_job, tmp_path):
     job.process.terminate()
     assert job.end(processes)[0] == 143
     assert [row["reward"] for row in job.rows()[:12]] == [row["reward"] for row in main_job[0].rows()[:12]]
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    """A small Qwen3 in a folder of its own, with a tokenizer of printable characters and a chat template."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    characters = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1} | {chr(n): n for n in range(32, 127)}, "<pad>"))
+    characters.pre_tokenizer, characters.decoder = pre_tokenizers.Split(Regex("."), "isolated"), decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.chat_template = "{% for message in messages %}<{{ message.content }}>{% endfor %}="
+    tokenizer.save_pretrained(folder)
+    Qwen3ForCausalLM(Qwen3Config(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=16,
+                                 num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=False,
+                                 eos_token_id=1)).save_pretrained(folder)
+    return folder
+
+
+def test_the_sums_task_asks_in_the_model_s_chat_template(chat_model, tmp_path):
+    task = c.sums_task(Config(model=str(chat_model), device="cpu"), tmp_path)
+    prompt, answer = task.problems[0]
+    text = task.tokenizer.decode(prompt)
+    question = re.fullmatch(r"<What is (\d\d) \+ (\d\d)\? Answer with the number only.>=", text)
+    assert int(answer) == sum(map(int, question.groups()))
+    for text, reward in ((answer, 1), (f"1 + 1 is {answer}.", 1), (f"{answer} or 1", 0), (f"{answer}1", 0), ("", 0)):
+        assert task.verify(text, answer) == reward, text
+
+
+def test_a_model_folder_is_trained_with_kl_and_saved_with_its_tokenizer(chat_model, tmp_path):
+    job = Job(tmp_path, "--model", str(chat_model), "--steps", "3", "--prompts-per-step", "4", "--group-size", "4",
+              "--kl-coef", "0.1", "--heldout-every", "2")
+    status, output = job.end(job.until(lambda rows: rows))
+    assert status == 0, output
+    (folder,) = tmp_path.glob("runs/*/model")
+    before, after = AutoModelForCausalLM.from_pretrained(chat_model), AutoModelForCausalLM.from_pretrained(folder)
+    assert set(before.state_dict()) == set(after.state_dict())
+    assert AutoTokenizer.from_pretrained(folder).chat_template.startswith("{% for message in messages %}")
 
 
 def test_a_dead_scheduler_ends_the_run_with_its_name(tmp_path):
