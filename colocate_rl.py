@@ -34,6 +34,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import ray
 import torch
 import torch.distributed as dist
@@ -77,11 +78,12 @@ class Config:
     scale_advantages: bool = _option(True, "training", "divide advantages by their group's standard deviation")
     kl_coef: float = _option(0.0, "training", "weight of the k3 KL to the initial model; 0: no such model", low=0)
     importance_cap: float = _option(2.0, "training", "cap on trainer/rollout probability; 0: no correction", low=0)
+    bucket_mib: float = _option(2048.0, "training", "about the size of a bucket of weights on its way to the engine")
 
     def __post_init__(self) -> None:
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.gpus = self.gpus or torch.cuda.device_count() or 1
+        self.gpus = self.gpus or (torch.cuda.device_count() if self.device == "cuda" else 1)
 
 
 def check_config(config: Config) -> list[str]:
@@ -97,10 +99,9 @@ def check_config(config: Config) -> list[str]:
         if type(value) in (int, float):
             fits = math.isfinite(value) and (value > 0 if low is None else value >= low)
             expect(fits, option.name, "a number above 0" if low is None else f"at least {low}")
-        if choices := option.metadata["choices"]:
-            expect(value in choices, option.name, f"one of {choices}")
     for name in ("clip_low", "mem_fraction"):
         expect(getattr(config, name) < 1, name, "less than 1")
+    expect(config.prompts_per_step <= 900, "prompts_per_step", "at most 900: they are different ones")
     expect(config.max_new_tokens < config.context_length, "max_new_tokens", "fewer than --context-length")
     expect(config.gpus_per_engine == 1 or config.device == "cuda" or config.dry_run, "gpus_per_engine", "1 on a CPU")
     if not problems:
@@ -116,6 +117,10 @@ def check_config(config: Config) -> list[str]:
 
 class PlacementError(ValueError):
     """GPUs cannot be mapped or placed as asked; the message says which, why, and what to do."""
+
+
+class EngineError(RuntimeError):
+    """The engine failed, or refused a call that would have killed its scheduler."""
 
 
 def visible_devices(value: str | None, device_count: int) -> list[str]:
@@ -145,9 +150,9 @@ def visible_devices(value: str | None, device_count: int) -> list[str]:
 def local_gpu_index(gpu_id: int | str, visible: Sequence[str]) -> int:
     """The position of Ray's `gpu_id` in the visible list, which is what torch and SGLang count by.
 
-    `gpu_id` is an element of `ray.get_gpu_ids()`: an int, a digit string, a GPU UUID or its prefix, or a MIG name. It
-    names an entry of the node's list: under CUDA_VISIBLE_DEVICES=4,5,6,7 the id "4" has the local index 0. Raises
-    PlacementError for an id that is ambiguous or not in the list, even where it would be a valid position.
+    `gpu_id` is an element of `ray.get_gpu_ids()`: an int, a digit string, a GPU UUID or its prefix, or a MIG name.
+    Under CUDA_VISIBLE_DEVICES=4,5,6,7 the id "4" has the local index 0. Raises PlacementError for an id that is
+    ambiguous or not in the list, even where it would be a valid position.
     """
     token = str(gpu_id).strip()
     token = str(int(token)) if re.fullmatch("[0-9]+", token) else token
@@ -279,11 +284,7 @@ def read_device(local_index: int) -> dict[str, Any]:
 def probe_bundles(group: PlacementGroup, timeout_s: float) -> list[Bundle]:
     """Read every bundle of a placement group, all at once; in the order of the bundles' indices."""
     probes = [ray.remote(Probe).options(**on_bundle(group, i, PROBE_SHARE)).remote() for i in range(group.bundle_count)]
-    try:
-        return wait_for([probe.read.remote(i) for i, probe in enumerate(probes)], timeout_s, "the bundles' probes")
-    finally:
-        for probe in probes:
-            ray.kill(probe)
+    return wait_for([probe.read.remote(i) for i, probe in enumerate(probes)], timeout_s, "the bundles' probes")
 
 
 def wait_for(refs: list, timeout_s: float, what: str) -> list:
@@ -291,9 +292,10 @@ def wait_for(refs: list, timeout_s: float, what: str) -> list:
     try:
         return ray.get(refs, timeout=timeout_s)
     except ray.exceptions.GetTimeoutError as error:
-        raise TimeoutError(f"{what}: not done within {timeout_s:g} s. See the logs, or raise the limit.") from error
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, (PlacementError, EngineError)) else error from None
+        raise TimeoutError(f"{what}: not done within {timeout_s:g} s; raise that limit if it is only slow.") from error
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        raise cause if isinstance(cause, (PlacementError, EngineError)) else RuntimeError(f"{what}: {error}") from error
 
 
 def placement_table(engines: Sequence[EnginePlacement]) -> str:
@@ -318,22 +320,17 @@ ENGINE_FAULTS = (
      "use plan_engines, and compare --dry-run with CUDA_VISIBLE_DEVICES"),
     (r"CUDA out of memory|Not enough memory|memory capacity is unbalanced", "the GPU lacks the memory asked for",
      "lower --mem-fraction, or end what else runs there (nvidia-smi lists it)"),
-    (r"Address already in use|EADDRINUSE", "another process took the engine's port", "start again"),
 )
-
-
-class EngineError(RuntimeError):
-    """The engine failed, or refused a call that would have killed its scheduler."""
 
 
 def explain_failure(log: Path) -> str:
     """The last error line of an engine's log, with its cause and remedy where they are known."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    errors = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b.*: \S", line)] or ["it logged no error"]
     for pattern, cause, remedy in ENGINE_FAULTS:
-        if found := [line for line in lines if re.search(pattern, line)]:
-            return f"{found[-1]}\n  cause: {cause}\n  remedy: {remedy}"
-    errors = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b.*: \S", line)]
-    return errors[-1] if errors else "its log has no error line"
+        if re.search(pattern, errors[-1]):
+            return f"{errors[-1]}\n  cause: {cause}\n  remedy: {remedy}"
+    return f"{errors[-1]}\n  see {log}"
 
 
 def run_scheduler(server_args: Any, port_args: Any, gpu_id: int, tp_rank: int, *args: Any) -> None:
@@ -373,8 +370,9 @@ def prepare_cpu_engine() -> None:
     package = Path.home() / ".cache/colocate_rl/sgl_kernel"
     package.mkdir(parents=True, exist_ok=True)
     (package / "__init__.py").touch()
-    (package / "kvcacheio.py").write_text(  # any name, as None
-        "def __getattr__(name):\n    if name.startswith('__'):\n        raise AttributeError(name)\n")
+    draft = package / f"{os.getpid()}.py"
+    draft.write_text("def __getattr__(name):\n    if name.startswith('__'):\n        raise AttributeError(name)\n")
+    os.replace(draft, package / "kvcacheio.py")  # whole at any time: other processes import it
     sys.path.insert(0, str(package.parent))
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 
@@ -397,16 +395,15 @@ def engine_args(config: Config, placement: EnginePlacement, model: str) -> dict[
                 skip_tokenizer_init=True, log_level="info", device=config.device, weight_version="0")
     if args["device"] == "cpu":
         samples = config.prompts_per_step * config.group_size
-        return args | dict(dtype="float32", max_running_requests=samples, max_total_tokens=64 * samples,
+        tokens = 64 * samples + 2 * config.context_length
+        return args | dict(dtype="float32", max_running_requests=samples, max_total_tokens=tokens,
                            sleep_on_idle=True)  # a scheduler that polls takes a core from the trainer
-    # FlashInfer's all-reduce fusion needs NVLink multicast
+    # The memory saver does not know piecewise graphs; FlashInfer's all-reduce fusion needs NVLink multicast.
     return args | dict(dtype="bfloat16", mem_fraction_static=config.mem_fraction, enable_memory_saver=True,
                        disable_piecewise_cuda_graph=True, enforce_disable_flashinfer_allreduce_fusion=True)
 
 
-class Sample(NamedTuple):
-    """One response of an engine."""
-
+class Sample(NamedTuple):  # one response of an engine
     prompt_ids: list[int]
     response_ids: list[int]
     logprobs: list[float]  # one a response token, in nats
@@ -420,30 +417,33 @@ class Engine:
     would kill the scheduler, and so would waking what is awake and generating asleep.
     """
 
-    def __init__(self, placement: EnginePlacement, log: str):
+    def __init__(self, placement: EnginePlacement, log: str, timeout_s: float = 600.0):
         # A scheduler reports its death by SIGQUIT, at which SGLang would kill this actor and all that it knows.
         signal.signal(signal.SIGQUIT, signal.SIG_IGN)
         self.name = f"engine {placement.engine} (base_gpu_id {placement.base_gpu_id} on {placement.node_ip})"
-        self.log, self.engine, self._asleep, self._running = Path(log), None, set(), None
-        self._lock = threading.Lock()
+        self.log, self.timeout_s, self.engine, self._lock = Path(log), timeout_s, None, threading.Lock()
+        self._running, self._fault, self._asleep = "", "it is not up", set()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "ab") as file:  # what this process and its children print goes to the engine's log
-            os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
 
     def start(self, args: dict[str, Any]) -> list[dict[str, Any]]:
         """Start SGLang; returns, by tp_rank, what each scheduler process sees (visible list, local index, UUID)."""
-        if args["device"] == "cpu":
-            prepare_cpu_engine()
-        from sglang.srt.entrypoints.engine import Engine as SGLangEngine
-        SGLangEngine.run_scheduler_process_func = staticmethod(run_scheduler)  # which hands over to SGLang's
         port, self._port_holder = reserve_port()
         try:
+            if args["device"] == "cpu":
+                prepare_cpu_engine()
+            from sglang.srt.entrypoints.engine import Engine as SGLangEngine
+            SGLangEngine.run_scheduler_process_func = staticmethod(run_scheduler)  # which hands over to SGLang's
             self.engine = SGLangEngine(**args, nccl_port=port)
         except Exception as error:
-            raise EngineError(f"{self.name} did not start: {explain_failure(self.log)}") from error
+            self.shutdown()
+            raise EngineError(f"{self.name} did not start ({error}): {explain_failure(self.log)}") from error
+        self._fault = ""
         return [info["reading"] for info in self.engine._scheduler_init_result.scheduler_infos]
 
-    def generate(self, prompts: list[list[int]], sampling: list[dict[str, Any]], timeout_s: float) -> list[Sample]:
+    def generate(self, prompts: list[list[int]], sampling: list[dict[str, Any]], timeout_s: float = 0) -> list[Sample]:
         """Token ids in, token ids and log-probabilities out; each `sampling` may carry its own `sampling_seed`."""
         outputs = self._call("generate_request", "GenerateReqInput", timeout_s, awake=MEMORY_TAGS,
                              input_ids=prompts, sampling_params=sampling, return_logprob=True)
@@ -452,57 +452,60 @@ class Engine:
 
     def sleep(self, tags: Sequence[str] = MEMORY_TAGS) -> None:
         """Release the GPU memory behind the tags. Weights come back as garbage: send them after the wake."""
-        self._call("release_memory_occupation", "ReleaseMemoryOccupationReqInput", awake=tags, tags=list(tags))
-        self._asleep |= set(tags)
+        self._call("release_memory_occupation", "ReleaseMemoryOccupationReqInput", awake=tags, then_asleep=tags,
+                   tags=list(tags))
 
     def wake(self, tags: Sequence[str] = MEMORY_TAGS) -> None:
         """Take the memory behind the tags again."""
         self._call("resume_memory_occupation", "ResumeMemoryOccupationReqInput", asleep=tags, tags=list(tags))
-        self._asleep -= set(tags)
 
     def update_weights(self, buckets: list[bytes], version: str, last: bool) -> None:
         """Load a bucket of weights; `buckets[r]`, for tp_rank r, names memory on its GPU and is opened exactly once."""
         # The KV cache is from older weights, so it is flushed; one that sleeps was flushed on its way down.
         self._call("update_weights_from_tensor", "UpdateWeightsFromTensorReqInput", awake=["weights"],
-                   serialized_named_tensors=buckets, load_format="flattened_bucket", weight_version=version,
-                   flush_cache=last and "kv_cache" not in self._asleep)
+                   serialized_named_tensors=buckets, load_format="flattened_bucket",
+                   weight_version=version if last else None, flush_cache=last and "kv_cache" not in self._asleep)
 
     def check_weights(self, action: str) -> None:
         """SGLang's checker: "snapshot" keeps the weights, "reset_tensors" spoils them, "compare" wants them equal."""
         self._call("check_weights", "CheckWeightsReqInput", awake=["weights"], action=action)
 
     def shutdown(self) -> None:
-        """End SGLang's processes at once, whatever is in flight."""
-        if self.engine is not None:
-            self.engine.shutdown()
-            self.engine = None
+        """End SGLang's processes at once, whatever is in flight, a start included."""
+        self._fault = "it was shut down"
+        for process in psutil.Process().children(recursive=True):
+            process.kill()
 
-    def _call(self, method: str, request: str, timeout_s: float = 300.0, awake: Sequence[str] = (),
-              asleep: Sequence[str] = (), **fields: Any) -> Any:
+    def _call(self, method: str, request: str, timeout_s: float = 0.0, awake: Sequence[str] = (),
+              asleep: Sequence[str] = (), then_asleep: Sequence[str] = (), **fields: Any) -> Any:
         """Ask SGLang's tokenizer manager, with a limit; refused while another call runs or tags are not as it needs."""
         from sglang.srt.managers import io_struct
+        limit = timeout_s or self.timeout_s
+
         async def ask() -> Any:
-            manager, deadline = self.engine.tokenizer_manager, time.monotonic() + timeout_s
+            manager, deadline = self.engine.tokenizer_manager, time.monotonic() + limit
             reply = getattr(manager, method)(getattr(io_struct, request)(**fields))
             task = asyncio.ensure_future(anext(reply) if hasattr(reply, "__anext__") else reply)
             while not (await asyncio.wait([task], timeout=1))[0]:
                 dead = [process.pid for process in manager._subprocess_watchdog._processes if not process.is_alive()]
                 if dead or time.monotonic() > deadline:
                     task.cancel()
-                    fault = f"the processes {dead} died" if dead else f"no answer within {timeout_s:g} s"
-                    raise EngineError(f"{self.name}: {method}: {fault}: {explain_failure(self.log)}")
+                    # What became of the request is unknown, so nothing may follow it.
+                    self._fault = f"its processes {dead} died" if dead else f"{method} took longer than {limit:g} s"
+                    raise EngineError(f"{self.name}: {method}: {self._fault}: {explain_failure(self.log)}")
             return task.result()
 
         if not self._lock.acquire(blocking=False):
             raise EngineError(f"{self.name} refused {method}: {self._running} is in flight; wait for that first")
         try:
             self._running = method
-            fits = set(awake) <= set(MEMORY_TAGS) - self._asleep and set(asleep) <= self._asleep
-            if self.engine is None or not fits:
-                state = f"asleep: {sorted(self._asleep)}" if self.engine else "not up"
-                raise EngineError(f"{self.name} refused {method}: it is {state}; expected {sorted(awake)} awake and "
-                                  f"{sorted(asleep)} asleep, of {MEMORY_TAGS}. Call sleep or wake for what differs.")
+            if self._fault:
+                raise EngineError(f"{self.name} refused {method}: {self._fault}; start a new engine")
+            if not (set(awake) <= set(MEMORY_TAGS) - self._asleep and set(asleep) <= self._asleep):
+                raise EngineError(f"{self.name} refused {method}: asleep: {sorted(self._asleep)}; expected "
+                                  f"{sorted(awake)} awake and {sorted(asleep)} asleep, of {MEMORY_TAGS}")
             result = self.engine.loop.run_until_complete(ask())
+            self._asleep = self._asleep - set(asleep) | set(then_asleep)
         finally:
             self._lock.release()
         if isinstance(result, tuple) and not result[0]:  # (success, message, ...)
@@ -513,7 +516,6 @@ class Engine:
 # ---- 5. Trainer: one Ray actor a GPU; FSDP2; offload and onload; weights out ----------------------------------------
 
 Batch = dict[str, torch.Tensor]  # see make_batch
-BUCKET_BYTES = 2 * 2**30  # of weights on their way to the engine, about
 
 
 class Trainer:
@@ -523,18 +525,17 @@ class Trainer:
         if config.device == "cpu":
             prepare_cpu_engine()
         import transformers  # noqa: F401  slow: here it happens while the engines start
-        self.rank, self.config, self.node_ip = rank, config, bundle.node_ip
+        self.rank, self.config, self.bundle = rank, config, bundle
         self.on_gpu = config.device == "cuda"
         self.device = torch.device("cuda", bundle.local_index) if self.on_gpu else torch.device("cpu")
         self.backend = torch.get_device_module(self.device)  # torch.cuda or torch.cpu
-        self.reading = {"rank": rank, **read_device(bundle.local_index)}
         self._host: list[torch.Tensor] = []  # what offload moved, in the order of _storages
         self._sent = None  # the last bucket, alive while the engine reads it
 
     def rendezvous(self) -> str:
         """Where all ranks meet: an address on rank 0's node."""
         port, self._port_lock = reserve_port()
-        return f"tcp://{self.node_ip}:{port}"
+        return f"tcp://{self.bundle.node_ip}:{port}"
 
     def start(self, address: str, world_size: int, model: str) -> dict[str, Any]:
         """Join the process group and load the model; returns what this process sees, and its number of buckets."""
@@ -562,8 +563,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate, weight_decay=0.0)
         self.send_dtype = torch.bfloat16 if self.on_gpu else torch.float32
         nbytes = sum(parameter.numel() for parameter in self.model.parameters()) * self.send_dtype.itemsize
-        self.num_buckets = math.ceil(nbytes / BUCKET_BYTES)
-        return self.reading | {"num_buckets": self.num_buckets}
+        self.num_buckets = math.ceil(nbytes / (self.config.bucket_mib * 2**20))
+        return {"rank": self.rank, "num_buckets": self.num_buckets, **read_device(self.bundle.local_index)}
 
     def train(self, batches: list[Batch], num_tokens: list[int]) -> dict[str, float]:
         """One optimizer step for each batch, of which this is the rank's share; `num_tokens` counts all ranks'."""
@@ -573,16 +574,15 @@ class Trainer:
         batches = [{name: column.to(self.device) for name, column in batch.items()} for batch in batches]
         with torch.no_grad():
             for batch in batches:
-                batch["old"] = self._logprobs(self.model, batch["tokens"])
-                batch["ref"] = self._logprobs(self.reference, batch["tokens"]) if self.reference else batch["old"]
-        difference = torch.cat([(batch["old"] - batch["rollout"]).abs()[batch["mask"] > 0] for batch in batches])
+                old = batch["old_logprobs"] = self._logprobs(self.model, batch["tokens"])
+                batch["ref_logprobs"] = self._logprobs(self.reference, batch["tokens"]) if self.reference else old
+        difference = torch.cat([(b["old_logprobs"] - b["rollout_logprobs"]).abs()[b["mask"] > 0] for b in batches])
         metrics |= {"difference_max": difference.max().item(), "difference_sum": difference.sum().item()}
         for batch, total in zip(batches, num_tokens, strict=True):
             for rows in torch.arange(len(batch["tokens"])).split(config.micro_batch):
                 part = {name: column[rows] for name, column in batch.items()}
-                logprobs = self._logprobs(self.model, part["tokens"])
-                loss = grpo_loss(logprobs, part["old"], part["advantages"], part["mask"], num_tokens=total,
-                                 ref_logprobs=part["ref"], rollout_logprobs=part["rollout"], **options)
+                logprobs = self._logprobs(self.model, part.pop("tokens"))
+                loss = grpo_loss(logprobs, **part, num_tokens=total, **options)
                 (loss * dist.get_world_size()).backward()  # FSDP averages over ranks; the loss is a share of a sum
                 metrics["loss"] += loss.item() / len(batches)
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=1.0)
@@ -714,9 +714,7 @@ SHAPES = {  # hidden size, MLP size, layers, heads, KV heads, head size: a toy's
 }
 
 
-class Task(NamedTuple):
-    """What to learn. The first 64 problems are held out."""
-
+class Task(NamedTuple):  # what to learn; the first 64 problems are held out
     tokenizer: Any
     problems: list[tuple[list[int], str]]  # token ids of the prompt, answer
     verify: Callable[[str, str], float]  # text of the response, answer -> reward in [0, 1]
@@ -779,7 +777,7 @@ class Loop:
             return ray.remote(kind).options(**options, **on_bundle(group, bundle.index, share)).remote(*args)
 
         self.engines = [actor(Engine, place.bundles[0], ENGINE_SHARE, place, str(folder / f"engine{place.engine}.log"),
-                              max_concurrency=2) for place in plan]
+                              config.timeout, max_concurrency=2) for place in plan]
         self.trainers = [actor(Trainer, b, TRAINER_SHARE, rank, b, config) for rank, b in enumerate(bundles)]
 
     def each(self, actors: Sequence[Any], method: str, *common: Any, own: Sequence[tuple] | None = None) -> list[Any]:
@@ -841,7 +839,7 @@ class Loop:
         """Deal the problems' prompts out to the engines in equal shares; answers come in the same order."""
         sampling = [params | {"max_new_tokens": self.config.max_new_tokens} for params in sampling]
         share = -(-len(problems) // len(self.engines))
-        own = [([prompt for prompt, _ in problems[at : at + share]], sampling[at : at + share], self.config.timeout)
+        own = [([prompt for prompt, _ in problems[at : at + share]], sampling[at : at + share])
                for at in range(0, len(problems), share)]
         samples = sum(self.each(self.engines[: len(own)], "generate", own=own), [])
         if stale := {sample.weight_version for sample in samples} - {str(self.version)}:
@@ -893,14 +891,14 @@ def check_same_device(trainers: list[dict[str, Any]], schedulers: list[dict[str,
 
 
 def make_batch(samples: Sequence[Sample], advantages: torch.Tensor) -> Batch:
-    """Pad on the right: tokens [B, T], advantages [B]; at t, mask and rollout log-probability of token t + 1 [B, T-1]."""
+    """Pad on the right: tokens [B, T]; mask and rollout_logprobs of token t + 1 at t, [B, T-1]; advantages [B]."""
     sequences = [torch.tensor(sample.prompt_ids + sample.response_ids) for sample in samples]
     tokens = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     mask, rollout = torch.zeros(2, len(samples), tokens.shape[1] - 1)
     for row, sample in enumerate(samples):
         response = slice(len(sample.prompt_ids) - 1, len(sample.prompt_ids) - 1 + len(sample.response_ids))
         mask[row, response], rollout[row, response] = 1.0, torch.tensor(sample.logprobs)
-    return {"tokens": tokens, "mask": mask, "rollout": rollout, "advantages": advantages}
+    return dict(tokens=tokens, mask=mask, rollout_logprobs=rollout, advantages=advantages)
 
 
 def plot(metrics: list[dict[str, Any]], path: Path) -> None:
@@ -927,6 +925,7 @@ def run(config: Config) -> None:
         logical = config.gpus if config.device == "cpu" else None
         options |= dict(address="local", include_dashboard=False, num_gpus=logical)
     start, folder = time.perf_counter(), Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").resolve()
+    loop, metrics = None, []
     try:
         ray.init(**options)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ray.init has set one that aborts
@@ -940,7 +939,6 @@ def run(config: Config) -> None:
         loop, model = Loop(config, folder, group, plan), folder / "model"
         task = sums_task(config, model) if config.model else echo_task(config, model)
         loop.start(task, config.model or str(model))
-        metrics = []
         with open(folder / "metrics.jsonl", "w", buffering=1) as file, tqdm(total=config.steps, unit="step") as bar:
             for step in range(config.steps):
                 metrics.append(loop.step(step))
@@ -958,9 +956,10 @@ def run(config: Config) -> None:
         (folder / "summary.json").write_text(json.dumps(summary, indent=2))
         print("held-out reward {heldout_reward_before:.3f} -> {heldout_reward_after:.3f} after {steps} steps, "
               "{wall_seconds:.0f} s".format(**summary), f"in {folder}")
-        loop.each(loop.engines, "shutdown")
     finally:
-        ray.shutdown()  # ends every actor, and with them SGLang's processes, which are set to die with their parent
+        if loop:  # SGLang's processes die with their actor, but for those that are still starting
+            ray.wait([engine.shutdown.remote() for engine in loop.engines], num_returns=len(plan), timeout=10)
+        ray.shutdown()
 
 
 # ---- 9. Command line ------------------------------------------------------------------------------------------------
@@ -987,7 +986,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(config)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except (PlacementError, EngineError, TimeoutError) as error:
+    except (PlacementError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -158,6 +158,14 @@ def test_a_plan_that_sglang_cannot_express_is_refused(bundles, gpus_per_engine, 
     assert type(error.value) is PlacementError and all(fact in str(error.value) for fact in facts), error.value
 
 
+def test_trainer_and_engine_on_different_gpus_are_refused_with_a_table():
+    readings = [dict(rank=rank, tp_rank=rank, uuid=uuid) for rank, uuid in enumerate(UUIDS)]
+    assert c.check_same_device(readings, readings) == [(0, 0, UUIDS[0], UUIDS[0]), (1, 1, UUIDS[1], UUIDS[1])]
+    with pytest.raises(PlacementError) as error:
+        c.check_same_device(readings, [readings[1] | {"tp_rank": 0}, readings[0] | {"tp_rank": 1}])
+    assert str((0, 0, *UUIDS)) in str(error.value) and str((1, 1, *UUIDS[::-1])) in str(error.value)
+
+
 @pytest.mark.parametrize("arguments", [(0, 3, 8), (0, 16, 8), (-1, 2, 8), (0, 0, 8), (0, 1, 0)])
 def test_the_formula_refuses_what_does_not_divide(arguments):
     with pytest.raises(PlacementError, match="=%d.*=%d.*=%d" % arguments):
@@ -372,7 +380,8 @@ def test_gradient_does_not_depend_on_the_micro_batches(size):
         (dict(steps=0), "--steps is 0"), (dict(seed=-1), "--seed is -1"), (dict(timeout=math.inf), "--timeout is inf"),
         (dict(gpus=-1), "--gpus is -1"), (dict(gpus=3, gpus_per_engine=2, dry_run=True), "--gpus is 3"),
         (dict(gpus_per_engine=0), "--gpus-per-engine is 0"), (dict(gpus_per_engine=2), "--gpus-per-engine is 2"),
-        (dict(gpus=3), "--prompts-per-step is 16"), (dict(group_size=1), "--group-size is 1"),
+        (dict(gpus=3), "--prompts-per-step is 16"),
+        (dict(prompts_per_step=901), "--prompts-per-step is 901"), (dict(group_size=1), "--group-size is 1"),
         (dict(max_new_tokens=512), "--max-new-tokens is 512"), (dict(temperature=0.0), "--temperature is 0.0"),
         (dict(mem_fraction=1.0), "--mem-fraction is 1.0"), (dict(learning_rate=math.nan), "--learning-rate is nan"),
         (dict(clip_low=1.0), "--clip-low is 1.0"), (dict(clip_high=-0.1), "--clip-high is -0.1"),
@@ -518,13 +527,25 @@ def test_the_sums_task_asks_in_the_model_s_chat_template(chat_model, tmp_path):
 
 def test_a_model_folder_is_trained_with_kl_and_saved_with_its_tokenizer(chat_model, tmp_path):
     job = Job(tmp_path, "--model", str(chat_model), "--steps", "3", "--prompts-per-step", "4", "--group-size", "4",
-              "--kl-coef", "0.1", "--heldout-every", "2")
+              "--kl-coef", "0.1", "--heldout-every", "2", "--bucket-mib", "0.01")
     status, output = job.end(job.until(lambda rows: rows))
     assert status == 0, output
     (folder,) = tmp_path.glob("runs/*/model")
     before, after = AutoModelForCausalLM.from_pretrained(chat_model), AutoModelForCausalLM.from_pretrained(folder)
     assert set(before.state_dict()) == set(after.state_dict())
     assert AutoTokenizer.from_pretrained(folder).chat_template.startswith("{% for message in messages %}")
+
+
+def test_ctrl_c_while_the_engine_starts_leaves_nothing(tmp_path):
+    job = Job(tmp_path)
+
+    def scheduler_is_starting(rows):
+        children = psutil.Process(job.process.pid).children(recursive=True)
+        return any("spawn_main" in " ".join(process.cmdline()) for process in children)
+
+    processes = job.until(scheduler_is_starting)
+    job.process.send_signal(signal.SIGINT)
+    assert job.end(processes)[0] == 130
 
 
 def test_a_dead_scheduler_ends_the_run_with_its_name(tmp_path):
@@ -631,10 +652,12 @@ def test_an_engine_refuses_what_would_kill_its_scheduler(engines):
 
 
 def test_generation_has_a_limit(engines):
-    with pytest.raises(c.EngineError, match="no answer within 1 s"):
-        many = [[3, 4, 2]] * 128
+    engine, many = engines[0][1], [[3, 4, 2]] * 128
+    with pytest.raises(c.EngineError, match="engine 1.*took longer than 1 s"):
         params = [{"max_new_tokens": 500, "ignore_eos": True}] * 128
-        c.wait_for([engines[0][1].generate.remote(many, params, 1.0)], 60, "generate")
+        c.wait_for([engine.generate.remote(many, params, 1.0)], 60, "generate")
+    with pytest.raises(c.EngineError, match="refused release_memory_occupation.*took longer"):
+        c.wait_for([engine.sleep.remote()], 60, "sleep")  # the requests are still in flight
 
 
 def test_a_start_that_fails_says_why(two_gpus, engines, tmp_path):
