@@ -427,6 +427,13 @@ assert not ray.is_initialized() and (dict(os.environ), threading.active_count())
 # ---- The command, end to end ----------------------------------------------------------------------------------------
 
 
+def command_line(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it ended meanwhile
+        return ""
+
+
 class Job:
     """`python colocate_rl.py ...` in a folder of its own."""
 
@@ -485,7 +492,7 @@ def test_what_generates_is_what_was_trained(main_job):
 
 
 def test_two_gpus_learn_and_ctrl_c_leaves_nothing(tmp_path):
-    job = Job(tmp_path, "--gpus", "2", "--steps", "400")
+    job = Job(tmp_path, "--gpus", "2", "--steps", "400", "--heldout-every", "5")
     processes = job.until(lambda rows: any(row.get("heldout_reward", 0) > 0.9 for row in rows), 400)
     job.process.send_signal(signal.SIGINT)
     assert job.end(processes)[0] == 130
@@ -541,7 +548,7 @@ def test_ctrl_c_while_the_engine_starts_leaves_nothing(tmp_path):
 
     def scheduler_is_starting(rows):
         children = psutil.Process(job.process.pid).children(recursive=True)
-        return any("spawn_main" in " ".join(process.cmdline()) for process in children)
+        return any("spawn_main" in command_line(process) for process in children)
 
     processes = job.until(scheduler_is_starting)
     job.process.send_signal(signal.SIGINT)
@@ -551,7 +558,7 @@ def test_ctrl_c_while_the_engine_starts_leaves_nothing(tmp_path):
 def test_a_dead_scheduler_ends_the_run_with_its_name(tmp_path):
     job = Job(tmp_path, "--steps", "400", "--seed", "3")
     processes = job.until(lambda rows: len(rows) >= 1)
-    (scheduler,) = [process for process in processes if "scheduler" in " ".join(process.cmdline())]
+    (scheduler,) = [process for process in processes if "scheduler" in command_line(process)]
     scheduler.kill()
     status, output = job.end(processes)
     assert status == 1 and "error: engine 0" in output and f"[{scheduler.pid}] died" in output
@@ -724,6 +731,18 @@ def test_training_does_not_depend_on_ranks_or_micro_batches(trained):
     for step in range(2):
         assert sum(rank["loss"] for rank in two[step]) == pytest.approx(one[step][0]["loss"], abs=1e-6)
         assert two[step][0]["grad_norm"] == pytest.approx(one[step][0]["grad_norm"], rel=1e-4)
+
+
+def test_a_rollout_that_the_trainer_disagrees_with_stops_the_run(two_gpus, tiny_model):
+    loop, (bundle, _) = object.__new__(c.Loop), c.probe_bundles(two_gpus, 60)
+    loop.config = Config(device="cpu", updates_per_step=1)
+    loop.trainers = [ray.remote(c.Trainer).options(**c.on_bundle(two_gpus, 0, c.TRAINER_SHARE)).remote(
+        0, bundle, loop.config)]
+    loop.each(loop.trainers, "start", loop.each(loop.trainers, "rendezvous")[0], 1, tiny_model)
+    samples = [c.Sample([3, 4, 5, 2], [6, 7], [-2.5, -2.5], "0")] * 4  # the model's are another value
+    with pytest.raises(c.EngineError, match="logprob_difference_mean is .* expected below 0.0001"):
+        loop.train(c.make_batch(samples, torch.zeros(4)))
+    ray.kill(loop.trainers[0])
 
 
 def test_the_saved_model_loads_in_transformers_and_sglang(main_job, two_gpus, engines, tmp_path):
