@@ -679,6 +679,21 @@ def test_a_start_that_fails_says_why(two_gpus, engines, tmp_path):
     assert "no error" not in str(error.value) and "actor died" not in str(error.value), error.value
 
 
+@pytest.mark.parametrize(("log", "cause"), [
+    pytest.param("[TP0] Scheduler hit an exception: Traceback (most recent call last):\n"
+                 "Exception: Capture cuda graph failed: Runtime check failed at custom_all_reduce.cuh:37: CUDA error: "
+                 "invalid argument\nPossible solutions:\n", "CUDA IPC cannot export", id="graph-memory"),
+    pytest.param("RuntimeError: CUDA out of memory: retrying\n"
+                 "torch.AcceleratorError: CUDA error: invalid device ordinal\n[TP0] Received sigquit\n",
+                 "physical id", id="wrong-index-is-the-last-error"),
+    pytest.param("ValueError: bad model: x\n", "see ", id="unknown"),
+])
+def test_the_two_faults_of_the_report_are_told_apart(log, cause, tmp_path):
+    (tmp_path / "engine.log").write_text(log)
+    first, *rest = c.explain_failure(tmp_path / "engine.log").splitlines()
+    assert re.search("invalid argument|invalid device ordinal|bad model: x", first) and cause in rest[0]
+
+
 def test_ports_are_held_and_can_be_listened_on():
     held = [c.reserve_port() for _ in range(50)]
     assert len({port for port, _ in held}) == 50
