@@ -45,7 +45,8 @@ EIGHT = list("01234567")
 
 def python(*args, cwd, timeout=60, **env):
     kept = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "RAY_ADDRESS")}
-    env = kept | {"PYTHONPATH": str(MODULE.parent), "RAY_USAGE_STATS_ENABLED": "0"} | env
+    path = os.pathsep.join(filter(None, [str(MODULE.parent), os.environ.get("PYTHONPATH")]))
+    env = kept | {"PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"} | env
     return subprocess.run([sys.executable, *args], cwd=cwd, env=env, timeout=timeout, capture_output=True, text=True)
 
 
