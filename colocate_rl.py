@@ -10,7 +10,7 @@ truncated importance weights for the difference between the engine's and the tra
     python colocate_rl.py                         # no GPU needed: a tiny model learns a toy task with the real engine
     python colocate_rl.py --gpus 2                # two engines, two trainer ranks
     python colocate_rl.py --dry-run               # place, print the mapping, stop
-    python colocate_rl.py --gpus-per-engine 2 --model Qwen/Qwen3-0.6B      # on two GPUs: one engine of TP=2
+    python colocate_rl.py --gpus-per-engine 2 --shape 0.6B --learning-rate 3e-5      # on two GPUs: one engine of TP=2
 """
 
 import argparse
