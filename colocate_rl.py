@@ -534,7 +534,7 @@ class Trainer:
 
     def rendezvous(self) -> str:
         """Where all ranks meet: an address on rank 0's node."""
-        port, self._port_lock = reserve_port()
+        port, self._port_holder = reserve_port()
         return f"tcp://{self.bundle.node_ip}:{port}"
 
     def start(self, address: str, world_size: int, model: str) -> dict[str, Any]:
@@ -654,7 +654,8 @@ class Trainer:
     def save(self, folder: str) -> None:
         """All ranks at once: gather the weights; rank 0 writes them as safetensors."""
         from safetensors.torch import save_file
-        tensors = {name: self._full(parameter).cpu() for name, parameter in self.model.named_parameters()}
+        gathered = ((name, self._full(parameter)) for name, parameter in self.model.named_parameters())
+        tensors = {name: tensor.cpu() for name, tensor in gathered if self.rank == 0}  # the others only take part
         if self.rank == 0:
             save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})
 
