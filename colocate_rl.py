@@ -14,12 +14,13 @@ truncated importance weights for the difference between the engine's and the tra
 """
 
 import argparse
-import asyncio
+import contextlib
 import dataclasses
 import importlib.metadata
 import ipaddress
 import json
 import math
+import multiprocessing.connection
 import os
 import random
 import re
@@ -31,6 +32,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,13 +46,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 # ---- 1. Settings ----------------------------------------------------------------------------------------------------
 
 
-def _option(default: Any, group: str, help: str, low: float | None = None, choices: tuple | None = None) -> Any:
-    return field(default=default, metadata={"group": group, "help": help, "low": low, "choices": choices})
+def _option(default: Any, group: str, help: str, low: float | None = None, high: float = math.inf,
+            choices: tuple | None = None) -> Any:
+    return field(default=default, metadata=dict(group=group, help=help, low=low, high=high, choices=choices))
 
 
 @dataclass
 class Config:
-    """Every setting of a run. The command line is made from it; numbers must be above 0, or at least `low`."""
+    """Every setting of a run; the command line is made from it. Numbers: above 0, or at least `low`; below `high`."""
 
     steps: int = _option(50, "run", "training steps")
     seed: int = _option(0, "run", "makes a run repeatable: initial weights, data order, sampling", low=0)
@@ -64,16 +67,18 @@ class Config:
     model: str = _option("", "model", "Hugging Face id or folder, trained on sums; empty: a Qwen3 from random weights")
     shape: str = _option("tiny", "model", "size of the Qwen3 from random weights", choices=("tiny", "0.6B", "4B"))
     trust_remote_code: bool = _option(False, "model", "run the code that a model folder brings along")
-    prompts_per_step: int = _option(16, "rollout", "different prompts in a step")
+    prompts_per_step: int = _option(16, "rollout", "different prompts in a step", high=901)
     group_size: int = _option(8, "rollout", "responses sampled for each prompt", low=2)
     max_new_tokens: int = _option(4, "rollout", "longest response, in tokens")
     temperature: float = _option(1.0, "rollout", "of sampling; training divides its logits by the same")
     context_length: int = _option(512, "rollout", "longest prompt and response together, in tokens")
-    mem_fraction: float = _option(0.6, "rollout", "share of a GPU for the engine's weights and KV cache")
+    graph_pool: str = _option("saver", "rollout", "CUDA graphs' memory: in the memory saver, or resident on the GPU",
+                              choices=("saver", "resident"))
+    mem_fraction: float = _option(0.6, "rollout", "share of a GPU for the engine's weights and KV cache", high=1)
     learning_rate: float = _option(3e-3, "training", "of AdamW, constant")
     updates_per_step: int = _option(2, "training", "optimizer steps on a batch; the clip matters from the second on")
     micro_batch: int = _option(64, "training", "sequences in one forward and backward pass of a rank")
-    clip_low: float = _option(0.2, "training", "the probability ratio is clipped below 1 minus this", low=0)
+    clip_low: float = _option(0.2, "training", "the probability ratio is clipped below 1 minus this", low=0, high=1)
     clip_high: float = _option(0.28, "training", "the probability ratio is clipped above 1 plus this", low=0)
     scale_advantages: bool = _option(True, "training", "divide advantages by their group's standard deviation")
     kl_coef: float = _option(0.0, "training", "weight of the k3 KL to the initial model; 0: no such model", low=0)
@@ -95,13 +100,10 @@ def check_config(config: Config) -> list[str]:
             problems.append(f"--{name.replace('_', '-')} is {getattr(config, name)!r}; expected {expected}")
 
     for option in dataclasses.fields(config):
-        value, low = getattr(config, option.name), option.metadata["low"]
+        value, low, high = getattr(config, option.name), option.metadata["low"], option.metadata["high"]
         if type(value) in (int, float):
-            fits = math.isfinite(value) and (value > 0 if low is None else value >= low)
-            expect(fits, option.name, "a number above 0" if low is None else f"at least {low}")
-    for name in ("clip_low", "mem_fraction"):
-        expect(getattr(config, name) < 1, name, "less than 1")
-    expect(config.prompts_per_step <= 900, "prompts_per_step", "at most 900: they are different ones")
+            fits = (value > 0 if low is None else value >= low) and value < high
+            expect(fits, option.name, f"{'above 0' if low is None else f'at least {low}'} and below {high}")
     expect(config.max_new_tokens < config.context_length, "max_new_tokens", "fewer than --context-length")
     expect(config.gpus_per_engine == 1 or config.device == "cuda" or config.dry_run, "gpus_per_engine", "1 on a CPU")
     if not problems:
@@ -119,16 +121,11 @@ class PlacementError(ValueError):
     """GPUs cannot be mapped or placed as asked; the message says which, why, and what to do."""
 
 
-class EngineError(RuntimeError):
-    """The engine failed, or refused a call that would have killed its scheduler."""
-
-
 def visible_devices(value: str | None, device_count: int) -> list[str]:
     """What a process sees, as tokens; a token's position is the index that torch and SGLang count by.
 
-    `value` is its CUDA_VISIBLE_DEVICES. Unset (None) means all of `device_count` devices. Where it is set, a count
-    larger than the list can only be the machine's, and an index past it is invalid. As in CUDA, the list ends before
-    the first invalid entry (usually "-1"). Raises PlacementError where a device is named twice.
+    `value` is its CUDA_VISIBLE_DEVICES; unset (None) means all of `device_count`, which is else the list's or the
+    machine's. As in CUDA, the list ends before the first invalid entry. PlacementError if a device is named twice.
     """
     if value is None:
         return [str(index) for index in range(device_count)]
@@ -150,9 +147,9 @@ def visible_devices(value: str | None, device_count: int) -> list[str]:
 def local_gpu_index(gpu_id: int | str, visible: Sequence[str]) -> int:
     """The position of Ray's `gpu_id` in the visible list, which is what torch and SGLang count by.
 
-    `gpu_id` is an element of `ray.get_gpu_ids()`: an int, a digit string, a GPU UUID or its prefix, or a MIG name.
-    Under CUDA_VISIBLE_DEVICES=4,5,6,7 the id "4" has the local index 0. Raises PlacementError for an id that is
-    ambiguous or not in the list, even where it would be a valid position.
+    `gpu_id` is of `ray.get_gpu_ids()`: an int, digits, a GPU UUID or its prefix, a MIG name. Under
+    CUDA_VISIBLE_DEVICES=4,5,6,7 the id "4" has the local index 0. PlacementError for one that is ambiguous or not in
+    the list, even where it would be a valid position.
     """
     token = str(gpu_id).strip()
     token = str(int(token)) if re.fullmatch("[0-9]+", token) else token
@@ -233,12 +230,11 @@ def get_base_gpu_id(engine: int, gpus_per_engine: int, gpus_per_node: int) -> in
 # it all see the node's list, and one local index means one device everywhere.
 ONE_LIST = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 ENGINE_SHARE, TRAINER_SHARE, PROBE_SHARE = 0.3, 0.6, 0.1  # of a bundle's GPU: Ray's bookkeeping, no limit on memory
-CPUS_PER_BUNDLE = 0.1  # bookkeeping too; small, so that a laptop places several logical GPUs
 
 
 def create_placement_group(num_gpus: int, timeout_s: float) -> PlacementGroup:
     """Reserve bundles of one GPU each, packed on few nodes. Waits visibly; PlacementError after `timeout_s` seconds."""
-    group = placement_group([{"GPU": 1, "CPU": CPUS_PER_BUNDLE}] * num_gpus, strategy="PACK")
+    group = placement_group([{"GPU": 1, "CPU": 0.1}] * num_gpus, strategy="PACK")  # on a laptop, too
     deadline = time.monotonic() + timeout_s
     while not group.wait(max(0.1, min(5.0, deadline - time.monotonic()))):
         total, free = (int(found.get("GPU", 0)) for found in (ray.cluster_resources(), ray.available_resources()))
@@ -276,7 +272,7 @@ class Probe:
 
 
 def read_device(local_index: int) -> dict[str, Any]:
-    """What the calling process sees and uses; on a machine without GPUs the UUID is None."""
+    """What the calling process sees; without GPUs the UUID is None."""
     uuid = f"GPU-{torch.cuda.get_device_properties(local_index).uuid}" if torch.cuda.is_available() else None
     return dict(pid=os.getpid(), visible=os.environ.get("CUDA_VISIBLE_DEVICES"), local_index=local_index, uuid=uuid)
 
@@ -293,7 +289,7 @@ def wait_for(refs: list, timeout_s: float, what: str) -> list:
         return ray.get(refs, timeout=timeout_s)
     except ray.exceptions.GetTimeoutError as error:
         raise TimeoutError(f"{what}: not done within {timeout_s:g} s; raise that limit if it is only slow.") from error
-    except ray.exceptions.RayError as error:
+    except ray.exceptions.RayTaskError as error:
         cause = getattr(error, "cause", None)
         raise cause if isinstance(cause, (PlacementError, EngineError)) else RuntimeError(f"{what}: {error}") from error
 
@@ -310,31 +306,91 @@ def placement_table(engines: Sequence[EnginePlacement]) -> str:
 # ---- 4. Engine: one Ray actor a SGLang engine, and what runs inside its scheduler processes -------------------------
 
 MEMORY_TAGS = ("kv_cache", "weights", "cuda_graph")  # SGLang's names for what can sleep
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's newer spelling goes first
 
-# What an engine's log says, what it means, what helps. The first two were taken for one and the same fault.
+# What an engine's log says, and what that means. The first two were taken for one and the same fault.
 ENGINE_FAULTS = (
     (r"custom_all_reduce\.cuh:\d+: CUDA error: invalid argument",
-     "a captured all-reduce registers graph memory that CUDA IPC cannot export; the device mapping is not the cause",
-     "keep the graph pool out of the memory saver, and expandable_segments out of PYTORCH_CUDA_ALLOC_CONF"),
-    (r"CUDA error: invalid device ordinal", "base_gpu_id is no index into the visible list, but maybe a physical id",
-     "use plan_engines, and compare --dry-run with CUDA_VISIBLE_DEVICES"),
-    (r"CUDA out of memory|Not enough memory|memory capacity is unbalanced", "the GPU lacks the memory asked for",
-     "lower --mem-fraction, or end what else runs there (nvidia-smi lists it)"),
+     "cause: a captured all-reduce registers memory that CUDA IPC cannot export; the device mapping is right\n"
+     "remedy: as plan_graph_pool: register no graphs of the memory saver, take out expandable_segments"),
+    (r"CUDA error: invalid device ordinal",
+     "cause: base_gpu_id is no index into the visible list, but maybe a physical id\n"
+     "remedy: use plan_engines, and compare --dry-run with CUDA_VISIBLE_DEVICES"),
+    (r"CUDA out of memory|Not enough memory|memory capacity is unbalanced",
+     "cause: the GPU lacks the memory asked for\n"
+     "remedy: lower --mem-fraction, or end what else runs there (nvidia-smi lists it)"),
 )
 
 
-def explain_failure(log: Path) -> str:
-    """The last error line of an engine's log, with its cause and remedy where they are known."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-    errors = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b.*: \S", line)] or ["it logged no error"]
-    for pattern, cause, remedy in ENGINE_FAULTS:
-        if re.search(pattern, errors[-1]):
-            return f"{errors[-1]}\n  cause: {cause}\n  remedy: {remedy}"
-    return f"{errors[-1]}\n  see {log}"
+class EngineError(RuntimeError):
+    """The engine failed, or refused a call that would have killed its scheduler."""
 
 
-def run_scheduler(server_args: Any, port_args: Any, gpu_id: int, tp_rank: int, *args: Any) -> None:
-    """Runs in every scheduler process in place of SGLang's function of the same signature, and hands over to it."""
+class EngineLogReport(NamedTuple):  # what an engine's log says of its start
+    all_reduce: str | None  # "v2", "v1", or None where nothing is reduced
+    graphs: dict[int, list[int]]  # tp_rank -> batch sizes of the CUDA graphs it captured
+    registered: int | None  # inputs of captured all-reduces that were registered; None: SGLang said nothing
+    replayed: bool  # a decode batch ran with a graph
+    error: str  # the last error line, or ""
+    help: str  # its cause and remedy, where they are known
+
+    def __str__(self) -> str:
+        inputs = "0 (messages too small to show the fault)" if self.registered == 0 else self.registered or "no"
+        works = f"all-reduce {self.all_reduce} with {inputs} inputs registered, CUDA graphs by rank: {self.graphs}"
+        return "\n  ".join([self.error, *self.help.splitlines()]) if self.error else works
+
+
+def parse_engine_log(text: str) -> EngineLogReport:
+    """Read an engine's log, of SGLang 0.5.12 to 0.5.15."""
+    registered = re.search(r"Registering (\d+) cuda graph addresses", text)
+    v2 = re.search(r"Custom allreduce v2 initialized|all-reduce: CustomAllReduceV2", text)  # v1 does not say so
+    sizes = re.search(r"(?i)capture .*graph.*\bbs[ =](\[[\d, ]*\])", text)
+    ranks = re.findall(r"(?im)^\[[^]]*?(?:TP(\d+))?\] capture .*graph end", text)
+    errors = re.findall(r"^.*\b\w*(?:Error|Exception)\b.*: \S.*$", text, re.M)
+    error = errors[-1].strip() if errors else ""
+    return EngineLogReport(
+        all_reduce="v2" if v2 else "v1" if registered else None,
+        graphs={int(rank or 0): json.loads(sizes[1]) for rank in sorted(ranks) if sizes},
+        registered=int(registered[1]) if registered else None, replayed="cuda graph: True" in text,
+        error=error, help=next((help for pattern, help in ENGINE_FAULTS if re.search(pattern, error)), ""))
+
+
+class GraphPool(NamedTuple):  # how an engine treats the memory of its CUDA graphs
+    in_saver: bool  # it sleeps with the rest
+    register_inputs: bool  # False: captured all-reduces copy their inputs to a buffer that is shared anyway
+    alloc_conf: str  # of torch's allocator
+    why: str
+
+
+def sglang_version() -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", importlib.metadata.version("sglang"))[:3]))
+
+
+def plan_graph_pool(version: tuple[int, ...], memory_saver: bool, tp_size: int, alloc_conf: str,
+                    prefer: str) -> GraphPool:
+    """Where CUDA graphs keep their memory, "saver" or "resident" as preferred, so that their capture cannot fail.
+
+    All-reduce v2, the default from SGLang 0.5.12, registers the inputs of captured all-reduces with all ranks. CUDA IPC
+    refuses that for memory of CUDA's virtual-memory API, as the memory saver and expandable segments have it.
+    """
+    handled = version >= (0, 5, 15)  # by SGLang itself
+    in_saver = memory_saver and prefer == "saver"
+    register_inputs = not in_saver or handled or tp_size == 1
+    why = f"SGLang {version}, TP={tp_size}: CUDA graphs {'in' if in_saver else 'outside'} the memory saver"
+    if not register_inputs:
+        why += ", the inputs of their all-reduces not registered: CUDA IPC would refuse that"
+    if "expandable_segments:True" in alloc_conf and (memory_saver or tp_size > 1 and not handled):
+        alloc_conf = ",".join(part for part in alloc_conf.split(",") if "expandable_segments" not in part)
+        why += "; WARNING: expandable_segments taken out for the engine: the memory saver and CUDA IPC refuse them"
+    return GraphPool(in_saver, register_inputs, alloc_conf, why)
+
+
+def run_scheduler(register_inputs: bool, server_args: Any, port_args: Any, gpu_id: int, tp_rank: int,
+                  *args: Any) -> None:
+    """Runs in every scheduler process in place of SGLang's function, and hands over to it."""
+    # SGLang asks the kernel to end a scheduler with its parent, but only later, when it has imported itself.
+    threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
+    from sglang.srt.distributed.parallel_state import get_tp_group
     from sglang.srt.layers import sampler
     from sglang.srt.managers.scheduler import run_scheduler_process
     from sglang.srt.server_args import get_global_server_args
@@ -342,13 +398,19 @@ def run_scheduler(server_args: Any, port_args: Any, gpu_id: int, tp_rank: int, *
         torch.cuda.set_device(gpu_id)  # before any other CUDA call, which would leave a context on device 0
     else:
         sampler.multinomial_with_seed = draw_with_seeds  # SGLang's own is a Triton kernel
-    reading, send = {"tp_rank": tp_rank, **read_device(gpu_id)}, args[-1].send
+    if not register_inputs:
+        from sglang.srt.distributed.device_communicators.custom_all_reduce_v2 import CustomAllReduceV2
+        CustomAllReduceV2.capture = lambda self: contextlib.nullcontext()
+    send = args[-1].send
 
     def send_ready(message: dict[str, Any]) -> None:
         # Set earlier, this selects kernels that a CPU lacks. Now that the scheduler is built, only the sampler still
         # reads it: a draw depends on its request's seed and position, not on who else is in the batch.
         get_global_server_args().enable_deterministic_inference = True
-        send({**message, "reading": reading})
+        communicator = get_tp_group().ca_comm
+        all_reduce = type(communicator).__name__ if communicator and not communicator.disabled else None
+        print(f"all-reduce: {all_reduce}", flush=True)  # SGLang 0.5.14 and later do not log it
+        send({**message, "reading": dict(tp_rank=tp_rank, all_reduce=all_reduce, **read_device(gpu_id))})
 
     args[-1].send = send_ready  # the pipe on which the scheduler says, once, that it is ready
     run_scheduler_process(server_args, port_args, gpu_id, tp_rank, *args)
@@ -363,9 +425,9 @@ def draw_with_seeds(logprobs: torch.Tensor, seeds: torch.Tensor, positions: torc
 
 
 def prepare_cpu_engine() -> None:
-    """Let SGLang be imported without libcuda, which its compiled `sgl_kernel` needs; child processes inherit sys.path.
+    """Let SGLang be imported without libcuda, by a stub of `sgl_kernel`; child processes inherit sys.path.
 
-    All that a CPU engine imports of it is `sgl_kernel.kvcacheio`, and it calls none of that.
+    All that a CPU engine imports of that package is `kvcacheio`, of which it calls nothing.
     """
     package = Path.home() / ".cache/colocate_rl/sgl_kernel"
     package.mkdir(parents=True, exist_ok=True)
@@ -378,10 +440,7 @@ def prepare_cpu_engine() -> None:
 
 
 def reserve_port() -> tuple[int, socket.socket]:
-    """A free TCP port, held by a socket that is bound but does not listen; keep the socket as long as the port.
-
-    The kernel gives it to nobody else, but a server that is told the number can listen on it, thanks to SO_REUSEADDR.
-    """
+    """A free TCP port, and the socket that holds it: keep both. A server that is told the number can listen on it."""
     holder = socket.socket()
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     holder.bind(("", 0))
@@ -392,15 +451,32 @@ def engine_args(config: Config, placement: EnginePlacement, model: str) -> dict[
     """The arguments of `sglang.Engine`, but for its port."""
     args = dict(model_path=model, trust_remote_code=config.trust_remote_code, context_length=config.context_length,
                 base_gpu_id=placement.base_gpu_id, tp_size=len(placement.bundles), random_seed=config.seed,
-                skip_tokenizer_init=True, log_level="info", device=config.device, weight_version="0")
+                skip_tokenizer_init=True, log_level="info", device=config.device, weight_version="0",
+                decode_log_interval=config.max_new_tokens)  # so that the log says whether graphs are replayed
     if args["device"] == "cpu":
         samples = config.prompts_per_step * config.group_size
         tokens = 64 * samples + 2 * config.context_length
         return args | dict(dtype="float32", max_running_requests=samples, max_total_tokens=tokens,
                            sleep_on_idle=True)  # a scheduler that polls takes a core from the trainer
-    # The memory saver does not know piecewise graphs; FlashInfer's all-reduce fusion needs NVLink multicast.
-    return args | dict(dtype="bfloat16", mem_fraction_static=config.mem_fraction, enable_memory_saver=True,
-                       disable_piecewise_cuda_graph=True, enforce_disable_flashinfer_allreduce_fusion=True)
+    # The memory saver does not know graphs of the prefill; FlashInfer's all-reduce fusion needs NVLink multicast.
+    prefill = "prefill" if sglang_version() >= (0, 5, 14) else "piecewise"
+    return args | {"dtype": "bfloat16", "mem_fraction_static": config.mem_fraction, "enable_memory_saver": True,
+                   f"disable_{prefill}_cuda_graph": True, "enforce_disable_flashinfer_allreduce_fusion": True}
+
+
+def log_to(path: Path) -> None:
+    """What this process and its children print goes to a file from now on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+
+
+def die_with(processes: Sequence[Any]) -> None:
+    """Wait until one of these child processes ends, and end this one."""
+    multiprocessing.connection.wait([process.sentinel for process in processes])
+    print(f"RuntimeError: the processes {[p.pid for p in processes if not p.is_alive()]} died", flush=True)
+    os._exit(1)
 
 
 class Sample(NamedTuple):  # one response of an engine
@@ -411,106 +487,95 @@ class Sample(NamedTuple):  # one response of an engine
 
 
 class Engine:
-    """A Ray actor around one in-process SGLang engine; create it with `max_concurrency=2`.
+    """A Ray actor around one in-process SGLang engine. Calls queue up, so that no sleep meets a request in flight.
 
-    One call runs at a time; the second thread exists to refuse what comes meanwhile. Sleeping with a request in flight
-    would kill the scheduler, and so would waking what is awake and generating asleep.
+    If one of SGLang's processes dies, the actor dies at once, too.
     """
 
-    def __init__(self, placement: EnginePlacement, log: str, timeout_s: float = 600.0):
-        # A scheduler reports its death by SIGQUIT, at which SGLang would kill this actor and all that it knows.
-        signal.signal(signal.SIGQUIT, signal.SIG_IGN)
+    def __init__(self, log: str, placement: EnginePlacement):
         self.name = f"engine {placement.engine} (base_gpu_id {placement.base_gpu_id} on {placement.node_ip})"
-        self.log, self.timeout_s, self.engine, self._lock = Path(log), timeout_s, None, threading.Lock()
-        self._running, self._fault, self._asleep = "", "it is not up", set()
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.log, "ab") as file:  # what this process and its children print goes to the engine's log
-            for stream in (1, 2):
-                os.dup2(file.fileno(), stream)
+        self.uuids, self.log, self._asleep = [bundle.uuid for bundle in placement.bundles], Path(log), set()
+        log_to(self.log)
 
-    def start(self, args: dict[str, Any]) -> list[dict[str, Any]]:
-        """Start SGLang; returns, by tp_rank, what each scheduler process sees (visible list, local index, UUID)."""
+    def start(self, args: dict[str, Any], prefer: str = "saver", pool: GraphPool | None = None) -> list[dict[str, Any]]:
+        """Start SGLang, with `pool` in place of the plan if given; returns each scheduler's reading, by tp_rank."""
         port, self._port_holder = reserve_port()
+        alloc_conf = next(filter(None, (os.environ.pop(name, "") for name in ALLOCATOR_VARIABLES)), "")
+        pool = pool or plan_graph_pool(sglang_version(), args.get("enable_memory_saver", False), args["tp_size"],
+                                       alloc_conf, prefer)
+        os.environ |= {"SGLANG_MEMORY_SAVER_CUDA_GRAPH": str(pool.in_saver).lower()}
+        os.environ |= {ALLOCATOR_VARIABLES[1]: pool.alloc_conf} if pool.alloc_conf else {}
+        print(pool.why, flush=True)
         try:
             if args["device"] == "cpu":
                 prepare_cpu_engine()
             from sglang.srt.entrypoints.engine import Engine as SGLangEngine
-            SGLangEngine.run_scheduler_process_func = staticmethod(run_scheduler)  # which hands over to SGLang's
-            self.engine = SGLangEngine(**args, nccl_port=port)
+            SGLangEngine.run_scheduler_process_func = staticmethod(partial(run_scheduler, pool.register_inputs))
+            # A scheduler reports its death by SIGQUIT, at which SGLang would kill this actor and all that it knows.
+            self.engine = SGLangEngine(**args, nccl_port=port, custom_sigquit_handler=signal.SIG_IGN)
         except Exception as error:
-            self.shutdown()
-            raise EngineError(f"{self.name} did not start ({error}): {explain_failure(self.log)}") from error
-        self._fault = ""
+            raise EngineError(f"{self.name} did not start ({error}): {self.report()}\n  log: {self.log}") from error
+        threading.Thread(target=die_with, args=(multiprocessing.active_children(),), daemon=True).start()
         return [info["reading"] for info in self.engine._scheduler_init_result.scheduler_infos]
 
-    def generate(self, prompts: list[list[int]], sampling: list[dict[str, Any]], timeout_s: float = 0) -> list[Sample]:
+    def report(self) -> EngineLogReport:
+        return parse_engine_log(self.log.read_text(errors="replace"))
+
+    def memory_used(self) -> list[float]:
+        """GiB in use on each of the engine's GPUs, by whomever, as nvidia-smi counts it; takes no CUDA context."""
+        import pynvml
+        pynvml.nvmlInit()
+        return [pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid)).used / 2**30
+                for uuid in self.uuids]
+
+    def generate(self, prompts: list[list[int]], sampling: list[dict[str, Any]]) -> list[Sample]:
         """Token ids in, token ids and log-probabilities out; each `sampling` may carry its own `sampling_seed`."""
-        outputs = self._call("generate_request", "GenerateReqInput", timeout_s, awake=MEMORY_TAGS,
-                             input_ids=prompts, sampling_params=sampling, return_logprob=True)
+        self._expect("generate", awake=MEMORY_TAGS)
+        outputs = self.engine.generate(input_ids=prompts, sampling_params=sampling, return_logprob=True)
         return [Sample(prompt, out["output_ids"], [entry[0] for entry in out["meta_info"]["output_token_logprobs"]],
                        out["meta_info"]["weight_version"]) for prompt, out in zip(prompts, outputs, strict=True)]
 
     def sleep(self, tags: Sequence[str] = MEMORY_TAGS) -> None:
         """Release the GPU memory behind the tags. Weights come back as garbage: send them after the wake."""
-        self._call("release_memory_occupation", "ReleaseMemoryOccupationReqInput", awake=tags, then_asleep=tags,
-                   tags=list(tags))
+        self._expect("sleep", awake=tags)
+        self.engine.release_memory_occupation(list(tags))
+        self._asleep |= set(tags)
 
     def wake(self, tags: Sequence[str] = MEMORY_TAGS) -> None:
         """Take the memory behind the tags again."""
-        self._call("resume_memory_occupation", "ResumeMemoryOccupationReqInput", asleep=tags, tags=list(tags))
+        self._expect("wake", asleep=tags)
+        self.engine.resume_memory_occupation(list(tags))
+        self._asleep -= set(tags)
 
     def update_weights(self, buckets: list[bytes], version: str, last: bool) -> None:
         """Load a bucket of weights; `buckets[r]`, for tp_rank r, names memory on its GPU and is opened exactly once."""
+        from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
         # The KV cache is from older weights, so it is flushed; one that sleeps was flushed on its way down.
-        self._call("update_weights_from_tensor", "UpdateWeightsFromTensorReqInput", awake=["weights"],
-                   serialized_named_tensors=buckets, load_format="flattened_bucket",
-                   weight_version=version if last else None, flush_cache=last and "kv_cache" not in self._asleep)
+        self._ask("update_weights_from_tensor", UpdateWeightsFromTensorReqInput(
+            serialized_named_tensors=buckets, load_format="flattened_bucket", weight_version=version if last else None,
+            flush_cache=last and "kv_cache" not in self._asleep))
 
     def check_weights(self, action: str) -> None:
         """SGLang's checker: "snapshot" keeps the weights, "reset_tensors" spoils them, "compare" wants them equal."""
-        self._call("check_weights", "CheckWeightsReqInput", awake=["weights"], action=action)
+        from sglang.srt.managers.io_struct import CheckWeightsReqInput
+        self._ask("check_weights", CheckWeightsReqInput(action=action))
+
+    def _ask(self, method: str, request: Any) -> None:
+        self._expect(method, awake=["weights"])
+        reply = getattr(self.engine.tokenizer_manager, method)(request)
+        success, message, *_ = self.engine.loop.run_until_complete(reply)
+        if not success:
+            raise EngineError(f"{self.name}: {method} failed: {message}")
 
     def shutdown(self) -> None:
-        """End SGLang's processes at once, whatever is in flight, a start included."""
-        self._fault = "it was shut down"
-        for process in psutil.Process().children(recursive=True):
-            process.kill()
+        """End SGLang's processes, and with them this actor."""
+        self.engine.shutdown()
 
-    def _call(self, method: str, request: str, timeout_s: float = 0.0, awake: Sequence[str] = (),
-              asleep: Sequence[str] = (), then_asleep: Sequence[str] = (), **fields: Any) -> Any:
-        """Ask SGLang's tokenizer manager, with a limit; refused while another call runs or tags are not as it needs."""
-        from sglang.srt.managers import io_struct
-        limit = timeout_s or self.timeout_s
-
-        async def ask() -> Any:
-            manager, deadline = self.engine.tokenizer_manager, time.monotonic() + limit
-            reply = getattr(manager, method)(getattr(io_struct, request)(**fields))
-            task = asyncio.ensure_future(anext(reply) if hasattr(reply, "__anext__") else reply)
-            while not (await asyncio.wait([task], timeout=1))[0]:
-                dead = [process.pid for process in manager._subprocess_watchdog._processes if not process.is_alive()]
-                if dead or time.monotonic() > deadline:
-                    task.cancel()
-                    # What became of the request is unknown, so nothing may follow it.
-                    self._fault = f"its processes {dead} died" if dead else f"{method} took longer than {limit:g} s"
-                    raise EngineError(f"{self.name}: {method}: {self._fault}: {explain_failure(self.log)}")
-            return task.result()
-
-        if not self._lock.acquire(blocking=False):
-            raise EngineError(f"{self.name} refused {method}: {self._running} is in flight; wait for that first")
-        try:
-            self._running = method
-            if self._fault:
-                raise EngineError(f"{self.name} refused {method}: {self._fault}; start a new engine")
-            if not (set(awake) <= set(MEMORY_TAGS) - self._asleep and set(asleep) <= self._asleep):
-                raise EngineError(f"{self.name} refused {method}: asleep: {sorted(self._asleep)}; expected "
-                                  f"{sorted(awake)} awake and {sorted(asleep)} asleep, of {MEMORY_TAGS}")
-            result = self.engine.loop.run_until_complete(ask())
-            self._asleep = self._asleep - set(asleep) | set(then_asleep)
-        finally:
-            self._lock.release()
-        if isinstance(result, tuple) and not result[0]:  # (success, message, ...)
-            raise EngineError(f"{self.name}: {method} failed: {result[1]}")
-        return result
+    def _expect(self, method: str, awake: Sequence[str] = (), asleep: Sequence[str] = ()) -> None:
+        """Refuse what would kill the scheduler: to wake what is awake, or to use what sleeps."""
+        if not (set(awake) <= set(MEMORY_TAGS) - self._asleep and set(asleep) <= self._asleep):
+            raise EngineError(f"{self.name} refused {method}: asleep: {sorted(self._asleep)}; expected {sorted(awake)} "
+                              f"awake and {sorted(asleep)} asleep, of {MEMORY_TAGS}")
 
 
 # ---- 5. Trainer: one Ray actor a GPU; FSDP2; offload and onload; weights out ----------------------------------------
@@ -521,7 +586,8 @@ Batch = dict[str, torch.Tensor]  # see make_batch
 class Trainer:
     """A Ray actor on one GPU: the policy and its optimizer, sharded over all ranks."""
 
-    def __init__(self, rank: int, bundle: Bundle, config: Config):
+    def __init__(self, log: str, rank: int, bundle: Bundle, config: Config):
+        log_to(Path(log))
         if config.device == "cpu":
             prepare_cpu_engine()
         import transformers  # noqa: F401  slow: here it happens while the engines start
@@ -566,25 +632,27 @@ class Trainer:
         self.num_buckets = math.ceil(nbytes / (self.config.bucket_mib * 2**20))
         return {"rank": self.rank, "num_buckets": self.num_buckets, **read_device(self.bundle.local_index)}
 
-    def train(self, batches: list[Batch], num_tokens: list[int]) -> dict[str, float]:
-        """One optimizer step for each batch, of which this is the rank's share; `num_tokens` counts all ranks'."""
-        config, metrics = self.config, {"loss": 0.0}
+    def train(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step for each share of the rows; every rank gets all rows and works on its own."""
+        config, ranks, metrics = self.config, dist.get_world_size(), {"loss": 0.0}
         options = dict(clip_low=config.clip_low, clip_high=config.clip_high, kl_coef=config.kl_coef,
                        importance_cap=config.importance_cap)
-        batches = [{name: column.to(self.device) for name, column in batch.items()} for batch in batches]
+        rows = torch.arange(len(batch["tokens"])).view(config.updates_per_step, ranks, -1)  # [B] -> [updates, ranks, b]
+        totals = [batch["mask"][share.flatten()].sum().item() for share in rows]  # tokens of all ranks
+        parts = [{name: column[share[self.rank]].to(self.device) for name, column in batch.items()} for share in rows]
         with torch.no_grad():
-            for batch in batches:
-                old = batch["old_logprobs"] = self._logprobs(self.model, batch["tokens"])
-                batch["ref_logprobs"] = self._logprobs(self.reference, batch["tokens"]) if self.reference else old
-        difference = torch.cat([(b["old_logprobs"] - b["rollout_logprobs"]).abs()[b["mask"] > 0] for b in batches])
-        metrics |= {"difference_max": difference.max().item(), "difference_sum": difference.sum().item()}
-        for batch, total in zip(batches, num_tokens, strict=True):
-            for rows in torch.arange(len(batch["tokens"])).split(config.micro_batch):
-                part = {name: column[rows] for name, column in batch.items()}
-                logprobs = self._logprobs(self.model, part.pop("tokens"))
-                loss = grpo_loss(logprobs, **part, num_tokens=total, **options)
-                (loss * dist.get_world_size()).backward()  # FSDP averages over ranks; the loss is a share of a sum
-                metrics["loss"] += loss.item() / len(batches)
+            for part in parts:
+                old = part["old_logprobs"] = self._logprobs(self.model, part["tokens"])
+                part["ref_logprobs"] = self._logprobs(self.reference, part["tokens"]) if self.reference else old
+        difference = torch.cat([(p["old_logprobs"] - p["rollout_logprobs"]).abs()[p["mask"] > 0] for p in parts])
+        metrics |= {"difference_max": difference.max().item(), "difference_mean": difference.sum().item() / sum(totals)}
+        for part, total in zip(parts, totals, strict=True):
+            for micro in torch.arange(len(part["tokens"])).split(config.micro_batch):
+                columns = {name: column[micro] for name, column in part.items()}
+                logprobs = self._logprobs(self.model, columns.pop("tokens"))
+                loss = grpo_loss(logprobs, **columns, num_tokens=total, **options)
+                (loss * ranks).backward()  # FSDP averages over ranks; the loss is a share of a sum
+                metrics["loss"] += loss.item() / len(parts)
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=1.0)
             metrics["grad_norm"] = norm.full_tensor().item()
             self.optimizer.step()
@@ -771,33 +839,49 @@ class Loop:
     """Engines and trainers that share the GPUs of a plan, and the phases of a step."""
 
     def __init__(self, config: Config, folder: Path, group: PlacementGroup, plan: list[EnginePlacement]):
-        self.config, self.plan, self.version, self.seconds = config, plan, 0, {}
+        self.config, self.folder, self.plan, self.version = config, folder, plan, 0
+        self.seconds: dict[str, float] = {}
+        self.used: dict[str, list[float]] = {}  # the memory ledger: GiB on each GPU, rank by rank, after each phase
         bundles = [bundle for placement in plan for bundle in placement.bundles]  # rank by rank
 
-        def actor(kind: type, bundle: Bundle, share: float, *args: Any, **options: Any) -> Any:
-            return ray.remote(kind).options(**options, **on_bundle(group, bundle.index, share)).remote(*args)
+        self.logs: dict[str, Path] = {}  # by the actor's id
 
-        self.engines = [actor(Engine, place.bundles[0], ENGINE_SHARE, place, str(folder / f"engine{place.engine}.log"),
-                              config.timeout, max_concurrency=2) for place in plan]
-        self.trainers = [actor(Trainer, b, TRAINER_SHARE, rank, b, config) for rank, b in enumerate(bundles)]
+        def actor(kind: type, name: str, bundle: Bundle, share: float, *args: Any) -> Any:
+            log = folder / f"{name}.log"
+            log.touch()
+            handle = ray.remote(kind).options(**on_bundle(group, bundle.index, share)).remote(str(log), *args)
+            self.logs[handle._actor_id.hex()] = log
+            return handle
+
+        self.engines = [actor(Engine, f"engine{i}", p.bundles[0], ENGINE_SHARE, p) for i, p in enumerate(plan)]
+        self.trainers = [actor(Trainer, f"trainer{i}", b, TRAINER_SHARE, i, b, config) for i, b in enumerate(bundles)]
 
     def each(self, actors: Sequence[Any], method: str, *common: Any, own: Sequence[tuple] | None = None) -> list[Any]:
         """Call a method of all actors at once, with common arguments or each with its own, and wait for all."""
         calls = [getattr(actor, method).remote(*(own[i] if own else common)) for i, actor in enumerate(actors)]
-        return wait_for(calls, self.config.timeout + 10, method)  # + 10: what has a limit of its own speaks first
+        try:
+            return wait_for(calls, self.config.timeout, method)
+        except ray.exceptions.RayActorError as error:
+            log = self.logs[error.actor_id]
+            report = parse_engine_log(log.read_text(errors="replace"))
+            raise EngineError(f"{log.stem} died in {method}: {report}\n  log: {log}") from error
 
     def start(self, task: Task, model: str) -> None:
         """Start and check everything; ends with the trainers offloaded and the engines awake."""
         self.task = task
+        self.timed("before", list)
         # The engines first: they size their KV cache by what is free on the GPU.
-        args = [(engine_args(self.config, placement, model),) for placement in self.plan]
-        schedulers = sum(self.each(self.engines, "start", own=args), [])
+        args = [(engine_args(self.config, placement, model), self.config.graph_pool) for placement in self.plan]
+        self.schedulers = sum(self.timed("start", partial(self.each, self.engines, "start", own=args)), [])
+        self.reports = self.each(self.engines, "report")
+        print(*(f"engine {number}: {report}" for number, report in enumerate(self.reports)), sep="\n", flush=True)
         self.each(self.engines, "check_weights", "snapshot")
         self.heldout_before = self.score_heldout()
-        self.each(self.engines, "sleep")
+        self.timed("asleep", self.each, self.engines, "sleep")
+        self.left = [a - b for a, b in zip(self.used["asleep"], self.used["before"])] if self.used else []  # noqa: B905
         address = self.each(self.trainers[:1], "rendezvous")[0]
         readings = self.each(self.trainers, "start", address, len(self.trainers), model)
-        self.devices, self.num_buckets = check_same_device(readings, schedulers), readings[0]["num_buckets"]
+        self.devices, self.num_buckets = check_same_device(readings, self.schedulers), readings[0]["num_buckets"]
         # The sync, checked exactly: overwritten with noise and sent by the trainer, the weights must be those that the
         # engine had loaded from the same file. SGLang compares on GPUs only; elsewhere log-probabilities must do.
         self.each(self.engines, "wake", ["weights"])
@@ -811,11 +895,13 @@ class Loop:
     def timed(self, phase: str, function: Callable, *args: Any) -> Any:
         start = time.perf_counter()
         result = function(*args)
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        self.seconds[phase] = time.perf_counter() - start
+        if self.config.device == "cuda":
+            self.used[phase] = sum(self.each(self.engines, "memory_used"), [])
         return result
 
     def step(self, step: int) -> dict[str, Any]:
-        config, self.seconds = self.config, {}
+        config, self.seconds, self.used = self.config, {}, {}
         problems = random.Random(f"{config.seed}/{step}").sample(self.task.problems[64:], config.prompts_per_step)
         group = [problem for problem in problems for _ in range(config.group_size)]  # [P] -> [P*G]
         seeds = random.Random(f"{config.seed}/{step}/sampling")
@@ -826,7 +912,7 @@ class Loop:
         self.timed("sleep", self.each, self.engines, "sleep")
         self.timed("onload", self.each, self.trainers, "onload")
         trained = self.timed("train", self.train, make_batch(samples, advantages))
-        self.timed("wake", self.each, self.engines, "wake", ["weights"])
+        self.timed("wake_weights", self.each, self.engines, "wake", ["weights"])
         self.timed("sync", self.sync_weights)
         self.timed("offload", self.each, self.trainers, "offload")
         self.timed("wake", self.each, self.engines, "wake", ["kv_cache", "cuda_graph"])
@@ -834,7 +920,34 @@ class Loop:
         if (step + 1) % config.heldout_every == 0 or step + 1 == config.steps:
             metrics["heldout_reward"] = self.score_heldout()
         metrics["tokens_per_second"] = sum(len(sample.response_ids) for sample in samples) / self.seconds["generate"]
-        return metrics | trained | {f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()}
+        return (metrics | trained | {f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()}
+                | {f"gib_{phase}": used for phase, used in self.used.items() if used})
+
+    def checklist(self, metrics: list[dict[str, Any]]) -> list[tuple[str, bool | None, str]]:
+        """What this run has read of itself: (what, whether it is right or None if it cannot be read, the reading)."""
+        tp, last, ranks = self.config.gpus_per_engine, metrics[-1], len(self.devices)
+        mean, most = (max(row[f"logprob_difference_{kind}"] for row in metrics) for kind in ("mean", "max"))
+        lines = [
+            ("server started", True, f"{len(self.plan)} engine(s) of TP={tp}"),
+            ("weight version", True, f"the newest in every sample; {self.version} syncs"),
+            ("rollout and trainer agree", True, f"log-probabilities differ by {mean:.2g} nats, at most {most:.2g}"),
+            ("training steps", len(metrics) == self.config.steps, f"{len(metrics)} of {self.config.steps}"),
+            ("held-out reward", last["heldout_reward"] > self.heldout_before,
+             f"{self.heldout_before:.3f} -> {last['heldout_reward']:.3f}")]
+        if self.config.device == "cpu":
+            return lines + [("same GPU, all-reduce v2, CUDA graphs, exact weights, memory", None, "needs a GPU")]
+        reports = self.each(self.engines, "report")
+        used, graphs = {s["all_reduce"] for s in self.schedulers}, [g for r in reports for g in r.graphs.values()]
+        grown = max(now - then for now, then in zip(last["gib_wake"], metrics[0]["gib_wake"], strict=True))
+        return lines + [
+            ("same GPU", True, f"trainer and scheduler read the same UUID in {ranks} of {ranks} ranks"),
+            ("all-reduce v2", used == {"CustomAllReduceV2"} if tp > 1 else None, f"TP={tp}, schedulers use {used}"),
+            ("CUDA graphs captured", len(graphs) == ranks, f"in {len(graphs)} of {ranks} ranks"),
+            ("CUDA graphs replayed", all(report.replayed for report in reports), "by decode batches of every engine"),
+            ("no CUDA error", not any("CUDA" in r.error for r in reports), "in the engines' logs"),
+            ("weights equal to the bit", True, "after a sync onto noise"),
+            ("memory asleep", max(self.left) < 0.5 * min(last["gib_wake"]), f"engines leave {max(self.left):.2f} GiB"),
+            ("memory does not grow", grown < 0.1, f"{grown:+.3f} GiB from step 0 to step {last['step']}")]
 
     def ask_engines(self, problems: Sequence[tuple], sampling: list[dict[str, Any]]) -> list[Sample]:
         """Deal the problems' prompts out to the engines in equal shares; answers come in the same order."""
@@ -857,14 +970,8 @@ class Loop:
         return self.rewards(heldout, self.ask_engines(heldout, [{"temperature": 0.0}] * len(heldout))).mean().item()
 
     def train(self, batch: Batch) -> dict[str, float]:
-        """Deal the batch out, an equal share of rows to each rank in each update."""
-        ranks, updates = len(self.trainers), range(self.config.updates_per_step)
-        rows = torch.arange(len(batch["tokens"])).view(len(updates), ranks, -1)  # [P*G] -> [updates, ranks, rows]
-        tokens = [int(batch["mask"][rows[update].flatten()].sum()) for update in updates]
-        own = [([{name: column[rows[update, rank]] for name, column in batch.items()} for update in updates], tokens)
-               for rank in range(ranks)]
-        results = self.each(self.trainers, "train", own=own)
-        mean = sum(result["difference_sum"] for result in results) / sum(tokens)
+        results = self.each(self.trainers, "train", ray.put(batch))
+        mean = sum(result["difference_mean"] for result in results)  # each is a share of it
         limit = 0.02 if self.config.device == "cuda" else 1e-4  # bf16, or fp32
         if not mean < limit:
             raise EngineError(f"logprob_difference_mean is {mean:.2g} nats; expected below {limit} between rollout and "
@@ -926,7 +1033,7 @@ def run(config: Config) -> None:
         logical = config.gpus if config.device == "cpu" else None
         options |= dict(address="local", include_dashboard=False, num_gpus=logical)
     start, folder = time.perf_counter(), Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").resolve()
-    loop, metrics = None, []
+    metrics = []
     try:
         ray.init(**options)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ray.init has set one that aborts
@@ -944,7 +1051,7 @@ def run(config: Config) -> None:
             for step in range(config.steps):
                 metrics.append(loop.step(step))
                 file.write(json.dumps(metrics[-1]) + "\n")
-                bar.write("  ".join(f"{name} {value:.4g}" for name, value in metrics[-1].items()))
+                bar.write("  ".join(f"{name} {value:.4g}" for name, value in metrics[-1].items() if name[:4] != "gib_"))
                 bar.set_postfix(reward=metrics[-1]["reward"], tokens_per_second=metrics[-1]["tokens_per_second"])
                 bar.update()
         loop.each(loop.trainers, "onload")
@@ -953,14 +1060,18 @@ def run(config: Config) -> None:
         versions = {name: importlib.metadata.version(name) for name in ("sglang", "torch", "ray", "transformers")}
         summary = dict(heldout_reward_before=loop.heldout_before, heldout_reward_after=metrics[-1]["heldout_reward"],
                        steps=config.steps, wall_seconds=time.perf_counter() - start, device=config.device,
-                       devices=loop.devices, versions=versions)
+                       devices=loop.devices, versions=versions, checklist=loop.checklist(metrics),
+                       engines=[str(report) for report in loop.reports])
         (folder / "summary.json").write_text(json.dumps(summary, indent=2))
-        print("held-out reward {heldout_reward_before:.3f} -> {heldout_reward_after:.3f} after {steps} steps, "
-              "{wall_seconds:.0f} s".format(**summary), f"in {folder}")
+        for what, right, reading in summary["checklist"]:
+            print(f"[{ {True: 'x', False: 'FAILED', None: ' '}[right] }] {what}: {reading}")
+        print(f"{summary['wall_seconds']:.0f} s, all of it in {folder}")
     finally:
-        if loop:  # SGLang's processes die with their actor, but for those that are still starting
-            ray.wait([engine.shutdown.remote() for engine in loop.engines], num_returns=len(plan), timeout=10)
+        started_here = psutil.Process().children(recursive=True)
         ray.shutdown()
+        for process in started_here:  # SGLang's processes die with their actor, but for those that are still starting
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 # ---- 9. Command line ------------------------------------------------------------------------------------------------
