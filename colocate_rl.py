@@ -8,7 +8,6 @@ The algorithm is GRPO (DeepSeekMath, arXiv:2402.03300) with DAPO's token mean an
 truncated importance weights for the difference between the engine's and the trainer's probabilities.
 
     python colocate_rl.py                         # no GPU needed: a tiny model learns a toy task with the real engine
-    python colocate_rl.py --gpus 2                # two engines, two trainer ranks
     python colocate_rl.py --dry-run               # place, print the mapping, stop
     python colocate_rl.py --gpus-per-engine 2 --shape 0.6B --learning-rate 3e-5      # on two GPUs: one engine of TP=2
 """
@@ -29,14 +28,15 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import namedtuple
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+import pynvml
 import ray
 import torch
 import torch.distributed as dist
@@ -45,13 +45,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 # ---- 1. Settings ----------------------------------------------------------------------------------------------------
 
-
-def _option(default: Any, group: str, help: str, low: float | None = None, high: float = math.inf,
-            choices: tuple | None = None) -> Any:
-    return field(default=default, metadata=dict(group=group, help=help, low=low, high=high, choices=choices))
+def _option(default: Any, group: str, help: str, **limits: Any) -> Any:
+    return dataclasses.field(default=default, metadata=dict(group=group, help=help, **limits))
 
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     """Every setting of a run; the command line is made from it. Numbers: above 0, or at least `low`; below `high`."""
 
@@ -65,25 +63,20 @@ class Config:
     gpus_per_engine: int = _option(1, "placement", "tensor parallel size (TP) of each engine")
     placement_timeout: float = _option(60.0, "placement", "seconds to wait for the placement group")
     model: str = _option("", "model", "Hugging Face id or folder, trained on sums; empty: a Qwen3 from random weights")
-    shape: str = _option("tiny", "model", "size of the Qwen3 from random weights", choices=("tiny", "0.6B", "4B"))
+    shape: str = _option("tiny", "model", "size of the Qwen3 from random weights", choices=("tiny", "0.6B"))
     trust_remote_code: bool = _option(False, "model", "run the code that a model folder brings along")
     prompts_per_step: int = _option(16, "rollout", "different prompts in a step", high=901)
     group_size: int = _option(8, "rollout", "responses sampled for each prompt", low=2)
     max_new_tokens: int = _option(4, "rollout", "longest response, in tokens")
     temperature: float = _option(1.0, "rollout", "of sampling; training divides its logits by the same")
     context_length: int = _option(512, "rollout", "longest prompt and response together, in tokens")
-    graph_pool: str = _option("saver", "rollout", "CUDA graphs' memory: in the memory saver, or resident on the GPU",
-                              choices=("saver", "resident"))
     mem_fraction: float = _option(0.6, "rollout", "share of a GPU for the engine's weights and KV cache", high=1)
+    graph_pool: str = _option("resident", "rollout", "CUDA graphs' memory: stays on the GPU, or sleeps with the rest",
+                              choices=("resident", "saver"))
     learning_rate: float = _option(3e-3, "training", "of AdamW, constant")
     updates_per_step: int = _option(2, "training", "optimizer steps on a batch; the clip matters from the second on")
     micro_batch: int = _option(64, "training", "sequences in one forward and backward pass of a rank")
-    clip_low: float = _option(0.2, "training", "the probability ratio is clipped below 1 minus this", low=0, high=1)
-    clip_high: float = _option(0.28, "training", "the probability ratio is clipped above 1 plus this", low=0)
-    scale_advantages: bool = _option(True, "training", "divide advantages by their group's standard deviation")
     kl_coef: float = _option(0.0, "training", "weight of the k3 KL to the initial model; 0: no such model", low=0)
-    importance_cap: float = _option(2.0, "training", "cap on trainer/rollout probability; 0: no correction", low=0)
-    bucket_mib: float = _option(2048.0, "training", "about the size of a bucket of weights on its way to the engine")
 
     def __post_init__(self) -> None:
         if self.device == "auto":
@@ -93,44 +86,38 @@ class Config:
 
 def check_config(config: Config) -> list[str]:
     """Every problem with the settings; each names the option, its value and what was expected."""
-    problems: list[str] = []
-
-    def expect(holds: bool, name: str, expected: str) -> None:
-        if not holds:
-            problems.append(f"--{name.replace('_', '-')} is {getattr(config, name)!r}; expected {expected}")
-
+    wanted = []
     for option in dataclasses.fields(config):
-        value, low, high = getattr(config, option.name), option.metadata["low"], option.metadata["high"]
+        value, low, high = getattr(config, option.name), *map(option.metadata.get, ("low", "high"))
         if type(value) in (int, float):
-            fits = (value > 0 if low is None else value >= low) and value < high
-            expect(fits, option.name, f"{'above 0' if low is None else f'at least {low}'} and below {high}")
-    expect(config.max_new_tokens < config.context_length, "max_new_tokens", "fewer than --context-length")
-    expect(config.gpus_per_engine == 1 or config.device == "cuda" or config.dry_run, "gpus_per_engine", "1 on a CPU")
-    if not problems:
-        expect(config.gpus % config.gpus_per_engine == 0, "gpus", f"a multiple of {config.gpus_per_engine} an engine")
-        samples, shares = config.prompts_per_step * config.group_size, config.gpus * config.updates_per_step
-        expect(samples % shares == 0, "prompts_per_step", f"prompts x --group-size ({samples}) to divide by GPUs x "
-               f"--updates-per-step ({shares}), so that all ranks train on equal shares")
-    return problems
+            fits = (value > 0 if low is None else value >= low) and value < (high or math.inf)
+            wanted.append((option.name, fits, f"{'above 0' if low is None else f'at least {low}'}, below {high}"))
+    tp, samples = config.gpus_per_engine, config.prompts_per_step * config.group_size
+    shares = max(1, config.gpus * config.updates_per_step)
+    wanted += [("max_new_tokens", config.max_new_tokens < config.context_length, "fewer than --context-length"),
+               ("gpus_per_engine", tp == 1 or config.device == "cuda" or config.dry_run, "1 on a CPU"),
+               ("gpus", tp < 1 or config.gpus % tp == 0, f"a multiple of --gpus-per-engine, {tp}"),
+               ("prompts_per_step", samples % shares == 0, f"prompts x --group-size ({samples}) to divide by GPUs x "
+                f"--updates-per-step ({shares})")]
+    return [f"--{name.replace('_', '-')} is {getattr(config, name)!r}; expected {expected}"
+            for name, holds, expected in wanted if not holds]
 
 
 # ---- 2. Devices: visible list -> local index -> engine plan (pure) --------------------------------------------------
-
 
 class PlacementError(ValueError):
     """GPUs cannot be mapped or placed as asked; the message says which, why, and what to do."""
 
 
 def visible_devices(value: str | None, device_count: int) -> list[str]:
-    """What a process sees, as tokens; a token's position is the index that torch and SGLang count by.
+    """What a process sees under CUDA_VISIBLE_DEVICES=`value`, as tokens; None, unset, means all of `device_count`.
 
-    `value` is its CUDA_VISIBLE_DEVICES; unset (None) means all of `device_count`, which is else the list's or the
-    machine's. As in CUDA, the list ends before the first invalid entry. PlacementError if a device is named twice.
+    As in CUDA, the list ends before the first invalid entry. PlacementError if a device is named twice.
     """
     if value is None:
         return [str(index) for index in range(device_count)]
     entries = [entry.strip() for entry in value.split(",")]
-    machine_count = device_count if device_count > len(entries) else math.inf
+    machine_count = device_count if device_count > len(entries) else math.inf  # else it counts the list
     visible: list[str] = []
     for entry in entries:
         if re.fullmatch("[0-9]+", entry) and int(entry) < machine_count:
@@ -138,8 +125,7 @@ def visible_devices(value: str | None, device_count: int) -> list[str]:
         elif not re.fullmatch(r"(GPU|MIG)-\S+", entry):
             break
         if any(_same_device(entry, other) for other in visible):
-            raise PlacementError(f"CUDA_VISIBLE_DEVICES={value!r} names {entry!r} twice; expected every device once. "
-                                 "Remove the second mention.")
+            raise PlacementError(f"CUDA_VISIBLE_DEVICES={value!r} names {entry!r} twice; expected once. Remove one.")
         visible.append(entry)
     return visible
 
@@ -147,18 +133,15 @@ def visible_devices(value: str | None, device_count: int) -> list[str]:
 def local_gpu_index(gpu_id: int | str, visible: Sequence[str]) -> int:
     """The position of Ray's `gpu_id` in the visible list, which is what torch and SGLang count by.
 
-    `gpu_id` is of `ray.get_gpu_ids()`: an int, digits, a GPU UUID or its prefix, a MIG name. Under
-    CUDA_VISIBLE_DEVICES=4,5,6,7 the id "4" has the local index 0. PlacementError for one that is ambiguous or not in
-    the list, even where it would be a valid position.
+    `gpu_id` is of `ray.get_gpu_ids()`: an int, digits, a GPU UUID or its prefix, a MIG name. PlacementError for one
+    that is ambiguous or not in the list, even where it would be a valid position.
     """
     token = str(gpu_id).strip()
     token = str(int(token)) if re.fullmatch("[0-9]+", token) else token
     positions = [index for index, entry in enumerate(visible) if _same_device(token, entry)]
     if len(positions) != 1:
-        raise PlacementError(
-            f"gpu_id={gpu_id!r} matches {len(positions)} entries of the visible list {list(visible)}; expected one. "
-            "Give this process its node's list: RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES=1 in its runtime_env, and "
-            "CUDA_VISIBLE_DEVICES left alone.")
+        raise PlacementError(f"gpu_id={gpu_id!r} matches {len(positions)} entries of the list {list(visible)}; expected"
+                             " one. Give this process its node's list: a runtime_env with ONE_LIST.")
     return positions[0]
 
 
@@ -168,10 +151,8 @@ def _same_device(one: str, other: str) -> bool:
     return one == other or uuids and (one.startswith(other) or other.startswith(one))
 
 
-@dataclass(frozen=True)
-class Bundle:
-    """One GPU of the placement group, as its probe found it."""
-
+@dataclasses.dataclass(frozen=True)
+class Bundle:  # one GPU of the placement group, as its probe found it
     index: int  # of the bundle in the placement group
     node_id: str
     node_ip: str
@@ -180,10 +161,8 @@ class Bundle:
     uuid: str | None = None  # None on a machine without GPUs
 
 
-@dataclass(frozen=True)
-class EnginePlacement:
-    """One engine: tensor parallel rank r runs on `bundles[r]`, whose local index is `base_gpu_id + r`."""
-
+@dataclasses.dataclass(frozen=True)
+class EnginePlacement:  # tensor parallel rank r runs on `bundles[r]`, whose local index is `base_gpu_id + r`
     engine: int
     bundles: tuple[Bundle, ...]
     base_gpu_id: int
@@ -191,14 +170,13 @@ class EnginePlacement:
 
 
 def plan_engines(bundles: Sequence[Bundle], gpus_per_engine: int) -> list[EnginePlacement]:
-    """Cut the bundles, sorted by node and then by *local* index, into engines.
+    """Cut the bundles, sorted by node and then by *local* index, into engines. (By physical id 1,0 would come wrong.)
 
-    By physical id the order would be wrong under CUDA_VISIBLE_DEVICES=1,0. Raises PlacementError where the bundles do
-    not divide into engines, or an engine would not get consecutive local indices on one node, all that SGLang can use.
+    Raises PlacementError where an engine would not get consecutive local indices on one node.
     """
     if gpus_per_engine < 1 or not bundles or len(bundles) % gpus_per_engine:
-        raise PlacementError(f"gpus_per_engine={gpus_per_engine} with {len(bundles)} bundles; expected bundles that "
-                             "divide into whole engines. Ask for a multiple of gpus_per_engine.")
+        raise PlacementError(f"gpus_per_engine={gpus_per_engine} of {len(bundles)} bundles; expected whole engines. "
+                             "Ask for a multiple.")
     ordered = sorted(bundles, key=lambda b: (int(ipaddress.ip_address(b.node_ip)), b.node_id, b.local_index))
     engines = []
     for engine, start in enumerate(range(0, len(ordered), gpus_per_engine)):
@@ -210,8 +188,7 @@ def plan_engines(bundles: Sequence[Bundle], gpus_per_engine: int) -> list[Engine
                                  "it divides the number of GPUs taken on every node.")
         if local != list(range(local[0], local[0] + gpus_per_engine)):
             raise PlacementError(f"{which} at the local indices {local} of node {node_ips[0]}; expected consecutive "
-                                 "ones: SGLang counts up from base_gpu_id. Free the GPUs between them, or start Ray's "
-                                 "node with a CUDA_VISIBLE_DEVICES that lists these side by side.")
+                                 "ones. Free those between, or list these side by side in CUDA_VISIBLE_DEVICES.")
         engines.append(EnginePlacement(engine, part, base_gpu_id=local[0], node_ip=node_ips[0]))
     return engines
 
@@ -220,7 +197,7 @@ def get_base_gpu_id(engine: int, gpus_per_engine: int, gpus_per_node: int) -> in
     """The loop-index formula, for where no bundle was probed; equals the plan only if all visible GPUs are taken."""
     if engine < 0 or gpus_per_engine < 1 or gpus_per_node < 1 or gpus_per_node % gpus_per_engine:
         raise PlacementError(f"engine={engine}, gpus_per_engine={gpus_per_engine}, gpus_per_node={gpus_per_node}; "
-                             "expected whole engines on each node. Choose gpus_per_engine to divide gpus_per_node.")
+                             "expected gpus_per_engine to divide gpus_per_node. Choose one that does.")
     return engine * gpus_per_engine % gpus_per_node
 
 
@@ -234,13 +211,11 @@ ENGINE_SHARE, TRAINER_SHARE, PROBE_SHARE = 0.3, 0.6, 0.1  # of a bundle's GPU: R
 
 def create_placement_group(num_gpus: int, timeout_s: float) -> PlacementGroup:
     """Reserve bundles of one GPU each, packed on few nodes. Waits visibly; PlacementError after `timeout_s` seconds."""
-    group = placement_group([{"GPU": 1, "CPU": 0.1}] * num_gpus, strategy="PACK")  # on a laptop, too
-    deadline = time.monotonic() + timeout_s
+    group, deadline = placement_group([{"GPU": 1, "CPU": 0.1}] * num_gpus, "PACK"), time.monotonic() + timeout_s
     while not group.wait(max(0.1, min(5.0, deadline - time.monotonic()))):
         total, free = (int(found.get("GPU", 0)) for found in (ray.cluster_resources(), ray.available_resources()))
-        nodes = sum(node["Alive"] for node in ray.nodes())
         state = (f"asked for {num_gpus} GPUs, {max(0, num_gpus - free)} are missing: the cluster has {total} on "
-                 f"{nodes} node(s), of which others hold {total - free}")
+                 f"{sum(node['Alive'] for node in ray.nodes())} node(s), of which others hold {total - free}")
         if time.monotonic() >= deadline:
             remove_placement_group(group)
             raise PlacementError(f"no placement group within placement_timeout={timeout_s:g} s: {state}. Ask for at "
@@ -290,8 +265,8 @@ def wait_for(refs: list, timeout_s: float, what: str) -> list:
     except ray.exceptions.GetTimeoutError as error:
         raise TimeoutError(f"{what}: not done within {timeout_s:g} s; raise that limit if it is only slow.") from error
     except ray.exceptions.RayTaskError as error:
-        cause = getattr(error, "cause", None)
-        raise cause if isinstance(cause, (PlacementError, EngineError)) else RuntimeError(f"{what}: {error}") from error
+        own = isinstance(error.cause, (PlacementError, EngineError))
+        raise error.cause if own else RuntimeError(f"{what}: {error}") from error
 
 
 def placement_table(engines: Sequence[EnginePlacement]) -> str:
@@ -307,9 +282,11 @@ def placement_table(engines: Sequence[EnginePlacement]) -> str:
 
 MEMORY_TAGS = ("kv_cache", "weights", "cuda_graph")  # SGLang's names for what can sleep
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's newer spelling goes first
-
-# What an engine's log says, and what that means. The first two were taken for one and the same fault.
-ENGINE_FAULTS = (
+# How an engine treats the memory of its CUDA graphs: in the memory saver, to sleep with the rest? With the inputs of
+# captured all-reduces registered, or copied to a buffer that is shared anyway? torch's allocator settings; and why.
+GraphPool = namedtuple("GraphPool", "in_saver register_inputs alloc_conf why")
+Sample = namedtuple("Sample", "prompt_ids response_ids logprobs weight_version")  # one logprob a response token, nats
+ENGINE_FAULTS = (  # in an engine's log, and what they mean; the first two were taken for one and the same fault
     (r"custom_all_reduce\.cuh:\d+: CUDA error: invalid argument",
      "cause: a captured all-reduce registers memory that CUDA IPC cannot export; the device mapping is right\n"
      "remedy: as plan_graph_pool: register no graphs of the memory saver, take out expandable_segments"),
@@ -317,9 +294,7 @@ ENGINE_FAULTS = (
      "cause: base_gpu_id is no index into the visible list, but maybe a physical id\n"
      "remedy: use plan_engines, and compare --dry-run with CUDA_VISIBLE_DEVICES"),
     (r"CUDA out of memory|Not enough memory|memory capacity is unbalanced",
-     "cause: the GPU lacks the memory asked for\n"
-     "remedy: lower --mem-fraction, or end what else runs there (nvidia-smi lists it)"),
-)
+     "cause: the GPU lacks the memory asked for\nremedy: lower --mem-fraction, or end what else runs there"))
 
 
 class EngineError(RuntimeError):
@@ -346,7 +321,7 @@ def parse_engine_log(text: str) -> EngineLogReport:
     v2 = re.search(r"Custom allreduce v2 initialized|all-reduce: CustomAllReduceV2", text)  # v1 does not say so
     sizes = re.search(r"(?i)capture .*graph.*\bbs[ =](\[[\d, ]*\])", text)
     ranks = re.findall(r"(?im)^\[[^]]*?(?:TP(\d+))?\] capture .*graph end", text)
-    errors = re.findall(r"^.*\b\w*(?:Error|Exception)\b.*: \S.*$", text, re.M)
+    errors = re.findall(r"^.*(?:\b\w*(?:Error|Exception)\b.*: \S|crashed with exit code).*$", text, re.M)
     error = errors[-1].strip() if errors else ""
     return EngineLogReport(
         all_reduce="v2" if v2 else "v1" if registered else None,
@@ -355,25 +330,13 @@ def parse_engine_log(text: str) -> EngineLogReport:
         error=error, help=next((help for pattern, help in ENGINE_FAULTS if re.search(pattern, error)), ""))
 
 
-class GraphPool(NamedTuple):  # how an engine treats the memory of its CUDA graphs
-    in_saver: bool  # it sleeps with the rest
-    register_inputs: bool  # False: captured all-reduces copy their inputs to a buffer that is shared anyway
-    alloc_conf: str  # of torch's allocator
-    why: str
-
-
-def sglang_version() -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", importlib.metadata.version("sglang"))[:3]))
-
-
-def plan_graph_pool(version: tuple[int, ...], memory_saver: bool, tp_size: int, alloc_conf: str,
-                    prefer: str) -> GraphPool:
+def plan_graph_pool(version: str, memory_saver: bool, tp_size: int, alloc_conf: str, prefer: str) -> GraphPool:
     """Where CUDA graphs keep their memory, "saver" or "resident" as preferred, so that their capture cannot fail.
 
-    All-reduce v2, the default from SGLang 0.5.12, registers the inputs of captured all-reduces with all ranks. CUDA IPC
-    refuses that for memory of CUDA's virtual-memory API, as the memory saver and expandable segments have it.
+    All-reduce v2 (SGLang 0.5.12 on) registers the inputs of captured all-reduces through CUDA IPC, which refuses memory
+    of CUDA's virtual-memory API; the memory saver and expandable segments are built on that.
     """
-    handled = version >= (0, 5, 15)  # by SGLang itself
+    handled = tuple(map(int, re.findall(r"\d+", version)[:3])) >= (0, 5, 15)  # by SGLang itself
     in_saver = memory_saver and prefer == "saver"
     register_inputs = not in_saver or handled or tp_size == 1
     why = f"SGLang {version}, TP={tp_size}: CUDA graphs {'in' if in_saver else 'outside'} the memory saver"
@@ -385,8 +348,7 @@ def plan_graph_pool(version: tuple[int, ...], memory_saver: bool, tp_size: int, 
     return GraphPool(in_saver, register_inputs, alloc_conf, why)
 
 
-def run_scheduler(register_inputs: bool, server_args: Any, port_args: Any, gpu_id: int, tp_rank: int,
-                  *args: Any) -> None:
+def run_scheduler(register_inputs: bool, server_args: Any, port_args: Any, gpu_id: int, *args: Any) -> None:
     """Runs in every scheduler process in place of SGLang's function, and hands over to it."""
     # SGLang asks the kernel to end a scheduler with its parent, but only later, when it has imported itself.
     threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
@@ -410,10 +372,10 @@ def run_scheduler(register_inputs: bool, server_args: Any, port_args: Any, gpu_i
         communicator = get_tp_group().ca_comm
         all_reduce = type(communicator).__name__ if communicator and not communicator.disabled else None
         print(f"all-reduce: {all_reduce}", flush=True)  # SGLang 0.5.14 and later do not log it
-        send({**message, "reading": dict(tp_rank=tp_rank, all_reduce=all_reduce, **read_device(gpu_id))})
+        send({**message, "reading": dict(tp_rank=args[0], all_reduce=all_reduce, **read_device(gpu_id))})
 
     args[-1].send = send_ready  # the pipe on which the scheduler says, once, that it is ready
-    run_scheduler_process(server_args, port_args, gpu_id, tp_rank, *args)
+    run_scheduler_process(server_args, port_args, gpu_id, *args)
 
 
 def draw_with_seeds(logprobs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -425,17 +387,14 @@ def draw_with_seeds(logprobs: torch.Tensor, seeds: torch.Tensor, positions: torc
 
 
 def prepare_cpu_engine() -> None:
-    """Let SGLang be imported without libcuda, by a stub of `sgl_kernel`; child processes inherit sys.path.
-
-    All that a CPU engine imports of that package is `kvcacheio`, of which it calls nothing.
-    """
+    """Let SGLang be imported without libcuda: a stub of `sgl_kernel` has all that it imports, and calls nothing of."""
     package = Path.home() / ".cache/colocate_rl/sgl_kernel"
     package.mkdir(parents=True, exist_ok=True)
     (package / "__init__.py").touch()
     draft = package / f"{os.getpid()}.py"
-    draft.write_text("def __getattr__(name):\n    if name.startswith('__'):\n        raise AttributeError(name)\n")
+    draft.write_text("def __getattr__(name):\n    if name[:2] == '__':\n        raise AttributeError(name)\n")
     os.replace(draft, package / "kvcacheio.py")  # whole at any time: other processes import it
-    sys.path.insert(0, str(package.parent))
+    sys.path.insert(0, str(package.parent))  # child processes inherit it
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 
 
@@ -447,84 +406,77 @@ def reserve_port() -> tuple[int, socket.socket]:
     return holder.getsockname()[1], holder
 
 
+def log_to(path: str) -> None:
+    """What this process and its children print goes to a file from now on."""
+    with open(path, "ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+
+
 def engine_args(config: Config, placement: EnginePlacement, model: str) -> dict[str, Any]:
     """The arguments of `sglang.Engine`, but for its port."""
     args = dict(model_path=model, trust_remote_code=config.trust_remote_code, context_length=config.context_length,
                 base_gpu_id=placement.base_gpu_id, tp_size=len(placement.bundles), random_seed=config.seed,
                 skip_tokenizer_init=True, log_level="info", device=config.device, weight_version="0",
                 decode_log_interval=config.max_new_tokens)  # so that the log says whether graphs are replayed
-    if args["device"] == "cpu":
+    if config.device == "cpu":
         samples = config.prompts_per_step * config.group_size
-        tokens = 64 * samples + 2 * config.context_length
-        return args | dict(dtype="float32", max_running_requests=samples, max_total_tokens=tokens,
-                           sleep_on_idle=True)  # a scheduler that polls takes a core from the trainer
-    # The memory saver does not know graphs of the prefill; FlashInfer's all-reduce fusion needs NVLink multicast.
-    prefill = "prefill" if sglang_version() >= (0, 5, 14) else "piecewise"
-    return args | {"dtype": "bfloat16", "mem_fraction_static": config.mem_fraction, "enable_memory_saver": True,
-                   f"disable_{prefill}_cuda_graph": True, "enforce_disable_flashinfer_allreduce_fusion": True}
-
-
-def log_to(path: Path) -> None:
-    """What this process and its children print goes to a file from now on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-
-
-def die_with(processes: Sequence[Any]) -> None:
-    """Wait until one of these child processes ends, and end this one."""
-    multiprocessing.connection.wait([process.sentinel for process in processes])
-    print(f"RuntimeError: the processes {[p.pid for p in processes if not p.is_alive()]} died", flush=True)
-    os._exit(1)
-
-
-class Sample(NamedTuple):  # one response of an engine
-    prompt_ids: list[int]
-    response_ids: list[int]
-    logprobs: list[float]  # one a response token, in nats
-    weight_version: str
+        return args | dict(dtype="float32", max_running_requests=samples, sleep_on_idle=True,  # else it takes a core
+                           max_total_tokens=64 * samples + 2 * config.context_length)
+    return args | dict(dtype="bfloat16", mem_fraction_static=config.mem_fraction, enable_memory_saver=True,
+                       enforce_disable_flashinfer_allreduce_fusion=True)  # it needs NVLink multicast
 
 
 class Engine:
-    """A Ray actor around one in-process SGLang engine. Calls queue up, so that no sleep meets a request in flight.
+    """A Ray actor around one in-process SGLang engine; it dies with any of SGLang's processes.
 
-    If one of SGLang's processes dies, the actor dies at once, too.
+    Calls queue up, so that no sleep meets a request in flight.
     """
 
     def __init__(self, log: str, placement: EnginePlacement):
         self.name = f"engine {placement.engine} (base_gpu_id {placement.base_gpu_id} on {placement.node_ip})"
-        self.uuids, self.log, self._asleep = [bundle.uuid for bundle in placement.bundles], Path(log), set()
-        log_to(self.log)
+        self.uuids, self.log, self._asleep = [bundle.uuid for bundle in placement.bundles], log, set()
+        log_to(log)
+        if placement.bundles[0].uuid:
+            pynvml.nvmlInit()
 
-    def start(self, args: dict[str, Any], prefer: str = "saver", pool: GraphPool | None = None) -> list[dict[str, Any]]:
+    def start(self, args: dict[str, Any], prefer: str = "resident", pool: GraphPool | None = None) -> list[dict]:
         """Start SGLang, with `pool` in place of the plan if given; returns each scheduler's reading, by tp_rank."""
         port, self._port_holder = reserve_port()
         alloc_conf = next(filter(None, (os.environ.pop(name, "") for name in ALLOCATOR_VARIABLES)), "")
-        pool = pool or plan_graph_pool(sglang_version(), args.get("enable_memory_saver", False), args["tp_size"],
-                                       alloc_conf, prefer)
+        pool = pool or plan_graph_pool(importlib.metadata.version("sglang"), args.get("enable_memory_saver", False),
+                                       args["tp_size"], alloc_conf, prefer)
         os.environ |= {"SGLANG_MEMORY_SAVER_CUDA_GRAPH": str(pool.in_saver).lower()}
         os.environ |= {ALLOCATOR_VARIABLES[1]: pool.alloc_conf} if pool.alloc_conf else {}
         print(pool.why, flush=True)
         try:
             if args["device"] == "cpu":
                 prepare_cpu_engine()
+            elif "GPU-" in (visible := os.environ.get("CUDA_VISIBLE_DEVICES", "")):
+                # Where SGLang reads UUIDs instead of numbers, it goes on without all-reduce v2.
+                uuids = [pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(i))
+                         for i in range(pynvml.nvmlDeviceGetCount())]
+                numbers = [str(local_gpu_index(token, uuids)) for token in visible_devices(visible, len(uuids))]
+                os.environ |= {"CUDA_VISIBLE_DEVICES": ",".join(numbers), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
             from sglang.srt.entrypoints.engine import Engine as SGLangEngine
+            from sglang.srt.server_args import ServerArgs
+            # The memory saver does not know CUDA graphs of the prefill; SGLang 0.5.14 renamed the switch.
+            prefill = "prefill" if hasattr(ServerArgs, "disable_prefill_cuda_graph") else "piecewise"
             SGLangEngine.run_scheduler_process_func = staticmethod(partial(run_scheduler, pool.register_inputs))
             # A scheduler reports its death by SIGQUIT, at which SGLang would kill this actor and all that it knows.
-            self.engine = SGLangEngine(**args, nccl_port=port, custom_sigquit_handler=signal.SIG_IGN)
+            args |= {f"disable_{prefill}_cuda_graph": True, "custom_sigquit_handler": signal.SIG_IGN}
+            self.engine = SGLangEngine(**args, nccl_port=port)
         except Exception as error:
             raise EngineError(f"{self.name} did not start ({error}): {self.report()}\n  log: {self.log}") from error
-        threading.Thread(target=die_with, args=(multiprocessing.active_children(),), daemon=True).start()
+        self.engine.tokenizer_manager.auto_create_handle_loop()  # sets handlers; the default one ends this actor
+        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
         return [info["reading"] for info in self.engine._scheduler_init_result.scheduler_infos]
 
     def report(self) -> EngineLogReport:
-        return parse_engine_log(self.log.read_text(errors="replace"))
+        return parse_engine_log(Path(self.log).read_text(errors="replace"))
 
     def memory_used(self) -> list[float]:
         """GiB in use on each of the engine's GPUs, by whomever, as nvidia-smi counts it; takes no CUDA context."""
-        import pynvml
-        pynvml.nvmlInit()
         return [pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid)).used / 2**30
                 for uuid in self.uuids]
 
@@ -547,18 +499,22 @@ class Engine:
         self.engine.resume_memory_occupation(list(tags))
         self._asleep -= set(tags)
 
-    def update_weights(self, buckets: list[bytes], version: str, last: bool) -> None:
-        """Load a bucket of weights; `buckets[r]`, for tp_rank r, names memory on its GPU and is opened exactly once."""
+    def update_weights(self, handles: list[bytes], version: str) -> None:
+        """Load all weights; `handles[r]`, for tp_rank r, names memory on its GPU and is opened exactly once."""
         from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
         # The KV cache is from older weights, so it is flushed; one that sleeps was flushed on its way down.
         self._ask("update_weights_from_tensor", UpdateWeightsFromTensorReqInput(
-            serialized_named_tensors=buckets, load_format="flattened_bucket", weight_version=version if last else None,
-            flush_cache=last and "kv_cache" not in self._asleep))
+            serialized_named_tensors=handles, load_format="flattened_bucket", weight_version=version,
+            flush_cache="kv_cache" not in self._asleep))
 
     def check_weights(self, action: str) -> None:
         """SGLang's checker: "snapshot" keeps the weights, "reset_tensors" spoils them, "compare" wants them equal."""
         from sglang.srt.managers.io_struct import CheckWeightsReqInput
         self._ask("check_weights", CheckWeightsReqInput(action=action))
+
+    def shutdown(self) -> None:
+        """End SGLang's processes, and with them this actor."""
+        self.engine.shutdown()
 
     def _ask(self, method: str, request: Any) -> None:
         self._expect(method, awake=["weights"])
@@ -566,10 +522,6 @@ class Engine:
         success, message, *_ = self.engine.loop.run_until_complete(reply)
         if not success:
             raise EngineError(f"{self.name}: {method} failed: {message}")
-
-    def shutdown(self) -> None:
-        """End SGLang's processes, and with them this actor."""
-        self.engine.shutdown()
 
     def _expect(self, method: str, awake: Sequence[str] = (), asleep: Sequence[str] = ()) -> None:
         """Refuse what would kill the scheduler: to wake what is awake, or to use what sleeps."""
@@ -580,46 +532,36 @@ class Engine:
 
 # ---- 5. Trainer: one Ray actor a GPU; FSDP2; offload and onload; weights out ----------------------------------------
 
-Batch = dict[str, torch.Tensor]  # see make_batch
-
-
 class Trainer:
     """A Ray actor on one GPU: the policy and its optimizer, sharded over all ranks."""
 
     def __init__(self, log: str, rank: int, bundle: Bundle, config: Config):
-        log_to(Path(log))
-        if config.device == "cpu":
+        log_to(log)
+        self.rank, self.config, self.bundle, self.on_gpu = rank, config, bundle, config.device == "cuda"
+        if not self.on_gpu:
             prepare_cpu_engine()
         import transformers  # noqa: F401  slow: here it happens while the engines start
-        self.rank, self.config, self.bundle = rank, config, bundle
-        self.on_gpu = config.device == "cuda"
         self.device = torch.device("cuda", bundle.local_index) if self.on_gpu else torch.device("cpu")
         self.backend = torch.get_device_module(self.device)  # torch.cuda or torch.cpu
         self._host: list[torch.Tensor] = []  # what offload moved, in the order of _storages
-        self._sent = None  # the last bucket, alive while the engine reads it
 
-    def rendezvous(self) -> str:
-        """Where all ranks meet: an address on rank 0's node."""
-        port, self._port_holder = reserve_port()
-        return f"tcp://{self.bundle.node_ip}:{port}"
-
-    def start(self, address: str, world_size: int, model: str) -> dict[str, Any]:
-        """Join the process group and load the model; returns what this process sees, and its number of buckets."""
+    def start(self, rendezvous: str, world_size: int, model: str) -> dict[str, Any]:
+        """Join the process group, by a file that all ranks see, and load the model; returns what this process sees."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         from transformers import AutoModelForCausalLM
         self.backend.set_device(self.device)
         if not self.on_gpu:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))  # Ray sets 1
-        dist.init_process_group("nccl" if self.on_gpu else "gloo", init_method=address, rank=self.rank,
+        dist.init_process_group("nccl" if self.on_gpu else "gloo", init_method=f"file://{rendezvous}", rank=self.rank,
                                 world_size=world_size, timeout=timedelta(seconds=self.config.timeout))
-        mesh = dist.init_device_mesh(self.device.type, (world_size,))
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if self.on_gpu else MixedPrecisionPolicy()
+        mesh = dist.init_device_mesh(self.device.type, (world_size,))
         shard = dict(mesh=mesh, mp_policy=precision, reshard_after_forward=True)
 
         def load() -> torch.nn.Module:
-            network = AutoModelForCausalLM.from_pretrained(
-                model, dtype=torch.float32, trust_remote_code=self.config.trust_remote_code).to(self.device)
-            for module in network.modules():
+            trust = self.config.trust_remote_code
+            network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=trust)
+            for module in network.to(self.device).modules():
                 if type(module).__name__ in network._no_split_modules:  # one decoder layer
                     fully_shard(module, **shard)
             return fully_shard(network, **shard)
@@ -627,16 +569,11 @@ class Trainer:
         self.model = load()
         self.reference = load().requires_grad_(False) if self.config.kl_coef else None
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate, weight_decay=0.0)
-        self.send_dtype = torch.bfloat16 if self.on_gpu else torch.float32
-        nbytes = sum(parameter.numel() for parameter in self.model.parameters()) * self.send_dtype.itemsize
-        self.num_buckets = math.ceil(nbytes / (self.config.bucket_mib * 2**20))
-        return {"rank": self.rank, "num_buckets": self.num_buckets, **read_device(self.bundle.local_index)}
+        return {"rank": self.rank, **read_device(self.bundle.local_index)}
 
-    def train(self, batch: Batch) -> dict[str, float]:
+    def train(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
         """One optimizer step for each share of the rows; every rank gets all rows and works on its own."""
         config, ranks, metrics = self.config, dist.get_world_size(), {"loss": 0.0}
-        options = dict(clip_low=config.clip_low, clip_high=config.clip_high, kl_coef=config.kl_coef,
-                       importance_cap=config.importance_cap)
         rows = torch.arange(len(batch["tokens"])).view(config.updates_per_step, ranks, -1)  # [B] -> [updates, ranks, b]
         totals = [batch["mask"][share.flatten()].sum().item() for share in rows]  # tokens of all ranks
         parts = [{name: column[share[self.rank]].to(self.device) for name, column in batch.items()} for share in rows]
@@ -650,7 +587,7 @@ class Trainer:
             for micro in torch.arange(len(part["tokens"])).split(config.micro_batch):
                 columns = {name: column[micro] for name, column in part.items()}
                 logprobs = self._logprobs(self.model, columns.pop("tokens"))
-                loss = grpo_loss(logprobs, **columns, num_tokens=total, **options)
+                loss = grpo_loss(logprobs, **columns, num_tokens=total, kl_coef=config.kl_coef, importance_cap=2.0)
                 (loss * ranks).backward()  # FSDP averages over ranks; the loss is a share of a sum
                 metrics["loss"] += loss.item() / len(parts)
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=1.0)
@@ -667,10 +604,6 @@ class Trainer:
             rows.append(token_logprobs(logits / self.config.temperature, part[:, 1:]))
         return torch.cat(rows)
 
-    @staticmethod
-    def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
-        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
     def _storages(self) -> list[torch.UntypedStorage]:
         """All that this rank keeps on its device between steps."""
         weights = [*self.model.parameters(), *(self.reference.parameters() if self.reference else ())]
@@ -683,7 +616,7 @@ class Trainer:
         self._host += [torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=self.on_gpu)
                        for storage in storages[len(self._host) :]]
         for storage, host in zip(storages, self._host, strict=True):
-            host.copy_(self._bytes_of(storage), non_blocking=True)
+            host.copy_(torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage), non_blocking=True)
         self.backend.synchronize()
         for storage in storages:
             storage.resize_(0)
@@ -695,47 +628,39 @@ class Trainer:
         """Bring back what `offload` moved. Tensors stay the same objects; the storage behind them comes and goes."""
         for storage, host in zip(self._storages(), self._host, strict=True):
             storage.resize_(host.nbytes)
-            self._bytes_of(storage).copy_(host, non_blocking=True)
+            torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage).copy_(host, non_blocking=True)
         self.backend.synchronize()
 
-    def weight_bucket(self, index: int) -> bytes:
-        """All ranks at once: gather every `num_buckets`-th tensor in full; returns a handle to this rank's copy.
-
-        The tensors pass through CUDA IPC, or shared memory on a CPU, and live until the next bucket or offload.
-        """
+    def weights(self) -> bytes:
+        """All ranks at once: gather the weights; returns a handle to this rank's copy, which lives until offload."""
         from sglang.srt.utils import MultiprocessingSerializer
         from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
         from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
         if self.on_gpu:
             monkey_patch_torch_reductions()  # the handle names its device by UUID
-        torch.multiprocessing.set_sharing_strategy("file_system")  # by name: the reader is no child of this process
-        self._sent = None
-        names = [name for name, _ in self.model.named_parameters()][index :: self.num_buckets]  # tied ones come once
-        bucket = FlattenedTensorBucket([(name, self._full(self.model.get_parameter(name))) for name in names])
+        torch.multiprocessing.set_sharing_strategy("file_system")  # on a CPU: by name, the reader is no child
+        bucket = FlattenedTensorBucket(list(self._gathered()))  # tied weights come once
         self._sent = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
         self.backend.synchronize()  # the reader, in another process, does not wait for this stream
         return MultiprocessingSerializer.serialize(self._sent)
 
-    def _full(self, parameter: torch.Tensor) -> torch.Tensor:
-        return parameter.detach().to(self.send_dtype).full_tensor()
+    def _gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.detach().to(torch.bfloat16 if self.on_gpu else torch.float32).full_tensor()
 
     def save(self, folder: str) -> None:
         """All ranks at once: gather the weights; rank 0 writes them as safetensors."""
         from safetensors.torch import save_file
-        gathered = ((name, self._full(parameter)) for name, parameter in self.model.named_parameters())
-        tensors = {name: tensor.cpu() for name, tensor in gathered if self.rank == 0}  # the others only take part
+        tensors = {name: tensor.cpu() for name, tensor in self._gathered() if self.rank == 0}  # the rest only take part
         if self.rank == 0:
             save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})
 
 
 # ---- 6. GRPO (pure) -------------------------------------------------------------------------------------------------
 
-
 def group_advantages(rewards: torch.Tensor, scale: bool = True) -> torch.Tensor:
-    """Advantages of G responses to each of P prompts, [P, G] -> [P, G] (DeepSeekMath, section 4.1).
-
-    A group of equal rewards gets exact zeros. `scale=False` does not divide by the deviation (arXiv:2503.20783).
-    """
+    """Advantages of G responses to each of P prompts, [P, G] -> [P, G] (DeepSeekMath, section 4.1); exact zeros for a
+    group of equal rewards. `scale=False` does not divide by the deviation (arXiv:2503.20783)."""
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     if scale:
         centred = centred / (rewards.std(dim=1, keepdim=True) + 1e-6)
@@ -754,12 +679,11 @@ def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: to
     """The clipped policy-gradient loss, a scalar: the sum over response tokens divided by `num_tokens`.
 
     Log-probabilities are [B, T] in nats: of the policy that learns, with gradient; `old`, the trainer's before the
-    first update on this batch; `ref`, the reference's; `rollout`, the engine's. advantages: [B] or broadcastable to
-    [B, T]. mask: [B, T], 1 for response tokens. num_tokens: those of the whole batch, over micro-batches and ranks, so
-    that the sum of their losses is the mean over tokens however the batch was split (DAPO, equation 8); by default
-    those of `mask`. The ratio counts within [1 - clip_low, 1 + clip_high] (DAPO, section 3.1). kl_coef weighs the k3
-    estimate of KL(policy || reference) (joschu.net/blog/kl-approx.html). Where importance_cap is above 0, tokens weigh
-    min(old / rollout, cap), for they were sampled from the engine's probabilities and not from the trainer's.
+    first update on this batch; `ref`, the reference's; `rollout`, the engine's. advantages: [B] or [B, T]. mask:
+    [B, T], 1 for response tokens. num_tokens: those of the whole batch, over micro-batches and ranks, so that their
+    losses sum up to the mean over tokens (DAPO, equation 8); by default those of `mask`. The ratio counts within
+    [1 - clip_low, 1 + clip_high] (DAPO, section 3.1). kl_coef weighs the k3 estimate of KL(policy || reference)
+    (joschu.net/blog/kl-approx.html). With importance_cap, tokens weigh min(old / rollout, cap).
     """
     advantages = advantages.unsqueeze(-1) if advantages.dim() == 1 else advantages  # [B] -> [B, 1]
     padding = mask == 0  # whatever stands there, even an infinity, must not reach the loss or its gradient
@@ -776,24 +700,12 @@ def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: to
 
 # ---- 7. Task: prompts, reward, the tiny model -----------------------------------------------------------------------
 
-SHAPES = {  # hidden size, MLP size, layers, heads, KV heads, head size: a toy's, and Qwen3's own but for its vocabulary
-    "tiny": (64, 128, 2, 4, 2, 16),
-    "0.6B": (1024, 3072, 28, 16, 8, 128),
-    "4B": (2560, 9728, 36, 32, 8, 128),
-}
-
-
-class Task(NamedTuple):  # what to learn; the first 64 problems are held out
-    tokenizer: Any
-    problems: list[tuple[list[int], str]]  # token ids of the prompt, answer
-    verify: Callable[[str, str], float]  # text of the response, answer -> reward in [0, 1]
-
-
+# What to learn: prompts (token ids) with their answers, the first 64 held out; (text, answer) -> reward in [0, 1].
+Task = namedtuple("Task", "tokenizer problems verify")
+SHAPES = {  # hidden size, MLP size, layers, heads, KV heads, head size: a toy's, and Qwen3-0.6B's
+    "tiny": (64, 128, 2, 4, 2, 16), "0.6B": (1024, 3072, 28, 16, 8, 128)}
 def echo_task(config: Config, folder: Path) -> Task:
-    """A Qwen3 from random weights, written to `folder`; it learns that "472=" wants its first digit, repeated.
-
-    The reward is the share of right characters, so that a lucky first guess already counts.
-    """
+    """A Qwen3 from random weights, written to `folder`, learns to answer "472=" with its first digit, repeated."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
     vocabulary = {token: index for index, token in enumerate(("<pad>", "<eos>", "=", *"0123456789"))}
@@ -801,13 +713,12 @@ def echo_task(config: Config, folder: Path) -> Task:
     characters.pre_tokenizer, characters.decoder = pre_tokenizers.Split(Regex("."), "isolated"), decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
     tokenizer.save_pretrained(folder)
-    hidden, mlp, layers, heads, kv_heads, head_dim = SHAPES[config.shape]
     torch.manual_seed(config.seed)
+    hidden, mlp, layers, heads, kv_heads, head_dim = SHAPES[config.shape]
     Qwen3ForCausalLM(Qwen3Config(
-        hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, head_dim=head_dim, vocab_size=16, max_position_embeddings=4096,
-        initializer_range=0.06 if hidden == 64 else 0.02, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
-    )).save_pretrained(folder)
+        hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads, eos_token_id=1,
+        num_key_value_heads=kv_heads, head_dim=head_dim, vocab_size=16, max_position_embeddings=4096, pad_token_id=0,
+        tie_word_embeddings=True, initializer_range=0.06 if hidden == 64 else 0.02)).save_pretrained(folder)
     problems = [(tokenizer.encode(f"{n:03d}="), f"{n:03d}"[0] * config.max_new_tokens) for n in range(1000)]
     random.Random(0).shuffle(problems)
     return Task(tokenizer, problems, lambda text, answer: sum(map(str.__eq__, text, answer)) / len(answer))
@@ -834,27 +745,20 @@ def sums_task(config: Config, folder: Path) -> Task:
 
 # ---- 8. Loop: phases, metrics ----------------------------------------------------------------------------------------
 
-
 class Loop:
     """Engines and trainers that share the GPUs of a plan, and the phases of a step."""
 
     def __init__(self, config: Config, folder: Path, group: PlacementGroup, plan: list[EnginePlacement]):
         self.config, self.folder, self.plan, self.version = config, folder, plan, 0
-        self.seconds: dict[str, float] = {}
-        self.used: dict[str, list[float]] = {}  # the memory ledger: GiB on each GPU, rank by rank, after each phase
-        bundles = [bundle for placement in plan for bundle in placement.bundles]  # rank by rank
+        self.seconds, self.used = {}, {}  # by phase: its time, and the GiB used after it on each GPU, rank by rank
 
-        self.logs: dict[str, Path] = {}  # by the actor's id
+        def actor(kind: type, number: int, bundle: Bundle, share: float, *args: Any) -> Any:
+            log = str(folder / f"{kind.__name__.lower()}{number}.log")
+            return ray.remote(kind).options(**on_bundle(group, bundle.index, share)).remote(log, *args)
 
-        def actor(kind: type, name: str, bundle: Bundle, share: float, *args: Any) -> Any:
-            log = folder / f"{name}.log"
-            log.touch()
-            handle = ray.remote(kind).options(**on_bundle(group, bundle.index, share)).remote(str(log), *args)
-            self.logs[handle._actor_id.hex()] = log
-            return handle
-
-        self.engines = [actor(Engine, f"engine{i}", p.bundles[0], ENGINE_SHARE, p) for i, p in enumerate(plan)]
-        self.trainers = [actor(Trainer, f"trainer{i}", b, TRAINER_SHARE, i, b, config) for i, b in enumerate(bundles)]
+        bundles = [bundle for place in plan for bundle in place.bundles]  # rank by rank
+        self.engines = [actor(Engine, i, place.bundles[0], ENGINE_SHARE, place) for i, place in enumerate(plan)]
+        self.trainers = [actor(Trainer, i, b, TRAINER_SHARE, i, b, config) for i, b in enumerate(bundles)]
 
     def each(self, actors: Sequence[Any], method: str, *common: Any, own: Sequence[tuple] | None = None) -> list[Any]:
         """Call a method of all actors at once, with common arguments or each with its own, and wait for all."""
@@ -862,9 +766,10 @@ class Loop:
         try:
             return wait_for(calls, self.config.timeout, method)
         except ray.exceptions.RayActorError as error:
-            log = self.logs[error.actor_id]
-            report = parse_engine_log(log.read_text(errors="replace"))
-            raise EngineError(f"{log.stem} died in {method}: {report}\n  log: {log}") from error
+            dead = [actor._actor_id.hex() for actor in actors].index(error.actor_id)
+            log = self.folder / f"{'engine' if actors[0] in self.engines else 'trainer'}{dead}.log"
+            cause = parse_engine_log(log.read_text(errors="replace") if log.exists() else "").error or "nothing logged"
+            raise EngineError(f"{log.stem} died in {method}: {cause}\n  log: {log}") from error
 
     def start(self, task: Task, model: str) -> None:
         """Start and check everything; ends with the trainers offloaded and the engines awake."""
@@ -872,16 +777,14 @@ class Loop:
         self.timed("before", list)
         # The engines first: they size their KV cache by what is free on the GPU.
         args = [(engine_args(self.config, placement, model), self.config.graph_pool) for placement in self.plan]
-        self.schedulers = sum(self.timed("start", partial(self.each, self.engines, "start", own=args)), [])
-        self.reports = self.each(self.engines, "report")
-        print(*(f"engine {number}: {report}" for number, report in enumerate(self.reports)), sep="\n", flush=True)
+        self.schedulers = sum(self.each(self.engines, "start", own=args), [])
+        self.reports = [f"engine {i}: {report}" for i, report in enumerate(self.each(self.engines, "report"))]
+        print(*self.reports, sep="\n", flush=True)
         self.each(self.engines, "check_weights", "snapshot")
         self.heldout_before = self.score_heldout()
         self.timed("asleep", self.each, self.engines, "sleep")
-        self.left = [a - b for a, b in zip(self.used["asleep"], self.used["before"])] if self.used else []  # noqa: B905
-        address = self.each(self.trainers[:1], "rendezvous")[0]
-        readings = self.each(self.trainers, "start", address, len(self.trainers), model)
-        self.devices, self.num_buckets = check_same_device(readings, self.schedulers), readings[0]["num_buckets"]
+        readings = self.each(self.trainers, "start", str(self.folder / "rendezvous"), len(self.trainers), model)
+        self.devices = check_same_device(readings, self.schedulers)
         # The sync, checked exactly: overwritten with noise and sent by the trainer, the weights must be those that the
         # engine had loaded from the same file. SGLang compares on GPUs only; elsewhere log-probabilities must do.
         self.each(self.engines, "wake", ["weights"])
@@ -889,6 +792,7 @@ class Loop:
         self.sync_weights()
         if self.config.device == "cuda":
             self.each(self.engines, "check_weights", "compare")
+            self.left = max(a - b for a, b in zip(self.used["asleep"], self.used["before"], strict=True))
         self.each(self.trainers, "offload")
         self.each(self.engines, "wake", ["kv_cache", "cuda_graph"])
 
@@ -908,7 +812,7 @@ class Loop:
         sampling = [dict(sampling_seed=seeds.getrandbits(31), temperature=config.temperature) for _ in group]
         samples = self.timed("generate", self.ask_engines, group, sampling)
         rewards = self.rewards(group, samples).view(-1, config.group_size)  # [P*G] -> [P, G]
-        advantages = group_advantages(rewards, config.scale_advantages).flatten()  # [P, G] -> [P*G]
+        advantages = group_advantages(rewards).flatten()  # [P, G] -> [P*G]
         self.timed("sleep", self.each, self.engines, "sleep")
         self.timed("onload", self.each, self.trainers, "onload")
         trained = self.timed("train", self.train, make_batch(samples, advantages))
@@ -916,38 +820,12 @@ class Loop:
         self.timed("sync", self.sync_weights)
         self.timed("offload", self.each, self.trainers, "offload")
         self.timed("wake", self.each, self.engines, "wake", ["kv_cache", "cuda_graph"])
-        metrics = {"step": step, "reward": rewards.mean().item()}
+        metrics = {"step": step, "reward": rewards.mean().item(),
+                   "tokens_per_second": sum(len(s.response_ids) for s in samples) / self.seconds["generate"]}
         if (step + 1) % config.heldout_every == 0 or step + 1 == config.steps:
             metrics["heldout_reward"] = self.score_heldout()
-        metrics["tokens_per_second"] = sum(len(sample.response_ids) for sample in samples) / self.seconds["generate"]
         return (metrics | trained | {f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()}
-                | {f"gib_{phase}": used for phase, used in self.used.items() if used})
-
-    def checklist(self, metrics: list[dict[str, Any]]) -> list[tuple[str, bool | None, str]]:
-        """What this run has read of itself: (what, whether it is right or None if it cannot be read, the reading)."""
-        tp, last, ranks = self.config.gpus_per_engine, metrics[-1], len(self.devices)
-        mean, most = (max(row[f"logprob_difference_{kind}"] for row in metrics) for kind in ("mean", "max"))
-        lines = [
-            ("server started", True, f"{len(self.plan)} engine(s) of TP={tp}"),
-            ("weight version", True, f"the newest in every sample; {self.version} syncs"),
-            ("rollout and trainer agree", True, f"log-probabilities differ by {mean:.2g} nats, at most {most:.2g}"),
-            ("training steps", len(metrics) == self.config.steps, f"{len(metrics)} of {self.config.steps}"),
-            ("held-out reward", last["heldout_reward"] > self.heldout_before,
-             f"{self.heldout_before:.3f} -> {last['heldout_reward']:.3f}")]
-        if self.config.device == "cpu":
-            return lines + [("same GPU, all-reduce v2, CUDA graphs, exact weights, memory", None, "needs a GPU")]
-        reports = self.each(self.engines, "report")
-        used, graphs = {s["all_reduce"] for s in self.schedulers}, [g for r in reports for g in r.graphs.values()]
-        grown = max(now - then for now, then in zip(last["gib_wake"], metrics[0]["gib_wake"], strict=True))
-        return lines + [
-            ("same GPU", True, f"trainer and scheduler read the same UUID in {ranks} of {ranks} ranks"),
-            ("all-reduce v2", used == {"CustomAllReduceV2"} if tp > 1 else None, f"TP={tp}, schedulers use {used}"),
-            ("CUDA graphs captured", len(graphs) == ranks, f"in {len(graphs)} of {ranks} ranks"),
-            ("CUDA graphs replayed", all(report.replayed for report in reports), "by decode batches of every engine"),
-            ("no CUDA error", not any("CUDA" in r.error for r in reports), "in the engines' logs"),
-            ("weights equal to the bit", True, "after a sync onto noise"),
-            ("memory asleep", max(self.left) < 0.5 * min(last["gib_wake"]), f"engines leave {max(self.left):.2f} GiB"),
-            ("memory does not grow", grown < 0.1, f"{grown:+.3f} GiB from step 0 to step {last['step']}")]
+                | {f"gib_{phase}": used for phase, used in self.used.items()})
 
     def ask_engines(self, problems: Sequence[tuple], sampling: list[dict[str, Any]]) -> list[Sample]:
         """Deal the problems' prompts out to the engines in equal shares; answers come in the same order."""
@@ -969,44 +847,66 @@ class Loop:
         heldout = self.task.problems[:64]
         return self.rewards(heldout, self.ask_engines(heldout, [{"temperature": 0.0}] * len(heldout))).mean().item()
 
-    def train(self, batch: Batch) -> dict[str, float]:
+    def train(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
         results = self.each(self.trainers, "train", ray.put(batch))
         mean = sum(result["difference_mean"] for result in results)  # each is a share of it
         limit = 0.02 if self.config.device == "cuda" else 1e-4  # bf16, or fp32
         if not mean < limit:
             raise EngineError(f"logprob_difference_mean is {mean:.2g} nats; expected below {limit} between rollout and "
                               "trainer: what generates is not what is trained. Check the weight sync.")
-        return {"loss": sum(result["loss"] for result in results), "grad_norm": results[0]["grad_norm"],
+        return {"loss": sum(r["loss"] for r in results), "grad_norm": results[0]["grad_norm"],
                 "logprob_difference_max": max(r["difference_max"] for r in results), "logprob_difference_mean": mean}
 
     def sync_weights(self) -> None:
-        """Bucket by bucket, from each trainer rank to the scheduler on the same GPU."""
+        """From each trainer rank to the scheduler on the same GPU."""
         self.version += 1
-        tp = self.config.gpus_per_engine
-        for index in range(self.num_buckets):
-            handles, last = self.each(self.trainers, "weight_bucket", index), index + 1 == self.num_buckets
-            own = [(handles[i : i + tp], str(self.version), last) for i in range(0, len(handles), tp)]
-            self.each(self.engines, "update_weights", own=own)
+        handles, tp = self.each(self.trainers, "weights"), self.config.gpus_per_engine
+        own = [(handles[at : at + tp], str(self.version)) for at in range(0, len(handles), tp)]
+        self.each(self.engines, "update_weights", own=own)
+
+    def checklist(self, metrics: list[dict[str, Any]]) -> list[tuple[str, bool | None, str]]:
+        """What this run has read of itself: (what, whether it is right or None if it cannot be read, the reading)."""
+        tp, last, ranks = self.config.gpus_per_engine, metrics[-1], len(self.devices)
+        before, after = self.heldout_before, last["heldout_reward"]
+        mean, most = (max(row[f"logprob_difference_{kind}"] for row in metrics) for kind in ("mean", "max"))
+        lines = [
+            ("server started", True, f"{len(self.plan)} engine(s) of TP={tp}"),
+            ("weight version", True, f"the newest in every sample; {self.version} syncs"),
+            ("rollout and trainer agree", True, f"log-probabilities differ by {mean:.2g} nats, at most {most:.2g}"),
+            ("training steps", len(metrics) == self.config.steps, f"{len(metrics)} of {self.config.steps}"),
+            ("held-out reward", after > before, f"{before:.3f} -> {after:.3f}")]
+        if self.config.device == "cpu":
+            return lines + [("same GPU, all-reduce v2, CUDA graphs, exact weights, memory", None, "needs a GPU")]
+        reports = self.each(self.engines, "report")
+        used, graphs = {s["all_reduce"] for s in self.schedulers}, [g for r in reports for g in r.graphs.values()]
+        grown = max(now - then for now, then in zip(last["gib_wake"], metrics[0]["gib_wake"], strict=True))
+        return lines + [
+            ("same GPU", True, f"trainer and scheduler read the same UUID in {ranks} of {ranks} ranks"),
+            ("all-reduce v2", used == {"CustomAllReduceV2"} if tp > 1 else None, f"TP={tp}, schedulers use {used}"),
+            ("CUDA graphs captured", len(graphs) == ranks, f"in {len(graphs)} of {ranks} ranks"),
+            ("CUDA graphs replayed", all(report.replayed for report in reports), "by decode batches of every engine"),
+            ("no CUDA error", not any("CUDA" in r.error for r in reports), "in the engines' logs"),
+            ("weights equal to the bit", True, "after a sync onto noise"),
+            ("memory asleep", self.left < min(last["gib_wake"]) / 2, f"engines leave {self.left:.2f} GiB a GPU"),
+            ("memory does not grow", grown < 0.1, f"{grown:+.3f} GiB from step 0 to step {last['step']}")]
 
 
 def check_same_device(trainers: list[dict[str, Any]], schedulers: list[dict[str, Any]]) -> list[tuple]:
     """Compare, rank by rank, the device that the trainer and the engine's scheduler process read inside themselves."""
     rows = [(t["rank"], s["tp_rank"], t["uuid"], s["uuid"]) for t, s in zip(trainers, schedulers, strict=True)]
     if any(trainer_uuid != scheduler_uuid for _, _, trainer_uuid, scheduler_uuid in rows):
-        raise PlacementError("(rank, tp_rank, trainer's UUID, scheduler's UUID): expected one GPU in each row. Start "
-                             "both at the bundle's local_index of one list.\n" + "\n".join(map(str, rows)))
+        raise PlacementError("rank, tp_rank, UUIDs of trainer and scheduler: expected one GPU in each row. Use the "
+                             "bundle's local_index for both.\n" + "\n".join(map(str, rows)))
     return rows
 
 
-def make_batch(samples: Sequence[Sample], advantages: torch.Tensor) -> Batch:
+def make_batch(samples: Sequence[Sample], advantages: torch.Tensor) -> dict[str, torch.Tensor]:
     """Pad on the right: tokens [B, T]; mask and rollout_logprobs of token t + 1 at t, [B, T-1]; advantages [B]."""
-    sequences = [torch.tensor(sample.prompt_ids + sample.response_ids) for sample in samples]
-    tokens = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
-    mask, rollout = torch.zeros(2, len(samples), tokens.shape[1] - 1)
-    for row, sample in enumerate(samples):
-        response = slice(len(sample.prompt_ids) - 1, len(sample.prompt_ids) - 1 + len(sample.response_ids))
-        mask[row, response], rollout[row, response] = 1.0, torch.tensor(sample.logprobs)
-    return dict(tokens=tokens, mask=mask, rollout_logprobs=rollout, advantages=advantages)
+    def pad(rows: list[list]) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    return dict(tokens=pad([s.prompt_ids + s.response_ids for s in samples]), advantages=advantages,
+                mask=pad([[0.0] * (len(s.prompt_ids) - 1) + [1.0] * len(s.logprobs) for s in samples]),
+                rollout_logprobs=pad([[0.0] * (len(s.prompt_ids) - 1) + s.logprobs for s in samples]))
 
 
 def plot(metrics: list[dict[str, Any]], path: Path) -> None:
@@ -1014,13 +914,10 @@ def plot(metrics: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, style in (("reward", "-"), ("heldout_reward", "o-")):
-        left.plot(*zip(*[(row["step"], row[name]) for row in metrics if name in row], strict=True), style, label=name)
-    phases = {name[8:]: [row[name] for row in metrics] for name in metrics[0] if name.startswith("seconds_")}
-    right.stackplot([row["step"] for row in metrics], *phases.values(), labels=list(phases))
-    for axes, label in ((left, "mean reward"), (right, "seconds")):
-        axes.set(xlabel="step", ylabel=label)
-        axes.legend()
+    for name in (name for name in metrics[-1] if "reward" in name or "seconds_" in name):
+        steps, values = zip(*[(row["step"], row[name]) for row in metrics if name in row], strict=True)
+        (right if "seconds_" in name else left).plot(steps, values, label=name)
+    left.legend(), right.legend()
     figure.savefig(path, dpi=110)
 
 
@@ -1030,10 +927,9 @@ def run(config: Config) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = dict(runtime_env={"py_modules": [__file__]}, log_to_driver=False, logging_level="error")
     if "RAY_ADDRESS" not in os.environ:  # start Ray here; it counts real GPUs itself, logical ones it must be told
-        logical = config.gpus if config.device == "cpu" else None
-        options |= dict(address="local", include_dashboard=False, num_gpus=logical)
+        options |= dict(address="local", num_gpus=config.gpus if config.device == "cpu" else None)
     start, folder = time.perf_counter(), Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").resolve()
-    metrics = []
+    model, metrics = folder / "model", []
     try:
         ray.init(**options)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ray.init has set one that aborts
@@ -1044,27 +940,25 @@ def run(config: Config) -> None:
             return
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
-        loop, model = Loop(config, folder, group, plan), folder / "model"
+        loop = Loop(config, folder, group, plan)
         task = sums_task(config, model) if config.model else echo_task(config, model)
         loop.start(task, config.model or str(model))
-        with open(folder / "metrics.jsonl", "w", buffering=1) as file, tqdm(total=config.steps, unit="step") as bar:
-            for step in range(config.steps):
+        with open(folder / "metrics.jsonl", "w", buffering=1) as file, tqdm(range(config.steps), unit="step") as bar:
+            for step in bar:
                 metrics.append(loop.step(step))
                 file.write(json.dumps(metrics[-1]) + "\n")
-                bar.write("  ".join(f"{name} {value:.4g}" for name, value in metrics[-1].items() if name[:4] != "gib_"))
+                bar.write("  ".join(f"{name} {x:.4g}" for name, x in metrics[-1].items() if "gib_" not in name))
                 bar.set_postfix(reward=metrics[-1]["reward"], tokens_per_second=metrics[-1]["tokens_per_second"])
-                bar.update()
         loop.each(loop.trainers, "onload")
         loop.each(loop.trainers, "save", str(model))
         plot(metrics, folder / "reward.png")
-        versions = {name: importlib.metadata.version(name) for name in ("sglang", "torch", "ray", "transformers")}
         summary = dict(heldout_reward_before=loop.heldout_before, heldout_reward_after=metrics[-1]["heldout_reward"],
                        steps=config.steps, wall_seconds=time.perf_counter() - start, device=config.device,
-                       devices=loop.devices, versions=versions, checklist=loop.checklist(metrics),
-                       engines=[str(report) for report in loop.reports])
+                       devices=loop.devices, engines=loop.reports, checklist=loop.checklist(metrics),
+                       versions={name: importlib.metadata.version(name) for name in ("sglang", "torch", "ray")})
         (folder / "summary.json").write_text(json.dumps(summary, indent=2))
         for what, right, reading in summary["checklist"]:
-            print(f"[{ {True: 'x', False: 'FAILED', None: ' '}[right] }] {what}: {reading}")
+            print({True: "[x]", False: "[FAILED]", None: "[ ]"}[right], f"{what}: {reading}")
         print(f"{summary['wall_seconds']:.0f} s, all of it in {folder}")
     finally:
         started_here = psutil.Process().children(recursive=True)
@@ -1076,21 +970,17 @@ def run(config: Config) -> None:
 
 # ---- 9. Command line ------------------------------------------------------------------------------------------------
 
-
-def parse_args(argv: Sequence[str] | None = None) -> Config:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 (failed), 2 (settings refused), 130 (Ctrl-C); 143 (SIGTERM) is raised."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     groups = {name: parser.add_argument_group(name) for name in ("run", "placement", "model", "rollout", "training")}
     for option in dataclasses.fields(Config):
-        meta, flag = option.metadata, f"--{option.name.replace('_', '-')}"
-        flag_only, value = argparse.BooleanOptionalAction, dict(type=type(option.default), choices=meta["choices"])
-        kind = dict(action=flag_only) if isinstance(option.default, bool) else value
-        groups[meta["group"]].add_argument(flag, default=option.default, help=f"{meta['help']} (%(default)s)", **kind)
-    return Config(**vars(parser.parse_args(argv)))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 (failed), 2 (settings refused), 130 (Ctrl-C); 143 (SIGTERM) is raised."""
-    config = parse_args(argv)
+        meta, kind = option.metadata, dict(action=argparse.BooleanOptionalAction)
+        if type(option.default) is not bool:
+            kind = dict(type=type(option.default), choices=meta.get("choices"))
+        groups[meta["group"]].add_argument(f"--{option.name.replace('_', '-')}", default=option.default,
+                                           help=f"{meta['help']} (%(default)s)", **kind)
+    config = Config(**vars(parser.parse_args(argv)))
     if problems := check_config(config):
         print("\n".join(problems), file=sys.stderr)
         return 2
