@@ -311,7 +311,8 @@ class EngineLogReport(NamedTuple):  # what an engine's log says of its start
 
     def __str__(self) -> str:
         inputs = "0 (messages too small to show the fault)" if self.registered == 0 else self.registered or "no"
-        works = f"all-reduce {self.all_reduce} with {inputs} inputs registered, CUDA graphs by rank: {self.graphs}"
+        sizes = {rank: f"{len(sizes)} up to batches of {max(sizes)}" for rank, sizes in self.graphs.items()}
+        works = f"all-reduce {self.all_reduce}, {inputs} inputs registered, CUDA graphs by rank: {sizes or 'none'}"
         return "\n  ".join([self.error, *self.help.splitlines()]) if self.error else works
 
 
@@ -468,8 +469,8 @@ class Engine:
             self.engine = SGLangEngine(**args, nccl_port=port)
         except Exception as error:
             raise EngineError(f"{self.name} did not start ({error}): {self.report()}\n  log: {self.log}") from error
-        self.engine.tokenizer_manager.auto_create_handle_loop()  # sets handlers; the default one ends this actor
-        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+        self.engine.flush_cache()  # with its first request SGLang sets a handler, which acts in the next one only:
+        signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # a process that died ends this actor, and at once
         return [info["reading"] for info in self.engine._scheduler_init_result.scheduler_infos]
 
     def report(self) -> EngineLogReport:
@@ -927,7 +928,8 @@ def run(config: Config) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = dict(runtime_env={"py_modules": [__file__]}, log_to_driver=False, logging_level="error")
     if "RAY_ADDRESS" not in os.environ:  # start Ray here; it counts real GPUs itself, logical ones it must be told
-        options |= dict(address="local", num_gpus=config.gpus if config.device == "cpu" else None)
+        logical = config.gpus if config.device == "cpu" else None
+        options |= dict(address="local", include_dashboard=False, num_gpus=logical)
     start, folder = time.perf_counter(), Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").resolve()
     model, metrics = folder / "model", []
     try:
