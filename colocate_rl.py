@@ -79,8 +79,7 @@ class Config:
     kl_coef: float = _option(0.0, "training", "weight of the k3 KL to the initial model; 0: no such model", low=0)
 
     def __post_init__(self) -> None:
-        if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = self.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
         self.gpus = self.gpus or (torch.cuda.device_count() if self.device == "cuda" else 1)
 
 
@@ -203,8 +202,7 @@ def get_base_gpu_id(engine: int, gpus_per_engine: int, gpus_per_node: int) -> in
 
 # ---- 3. Placement group: create, probe, show (Ray) ------------------------------------------------------------------
 
-# With this, Ray leaves CUDA_VISIBLE_DEVICES alone: an actor, the scheduler processes it starts and the trainers beside
-# it all see the node's list, and one local index means one device everywhere.
+# With this, Ray leaves CUDA_VISIBLE_DEVICES alone, and one local index means one device in every process of a node.
 ONE_LIST = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 ENGINE_SHARE, TRAINER_SHARE, PROBE_SHARE = 0.3, 0.6, 0.1  # of a bundle's GPU: Ray's bookkeeping, no limit on memory
 
@@ -868,14 +866,14 @@ class Loop:
     def checklist(self, metrics: list[dict[str, Any]]) -> list[tuple[str, bool | None, str]]:
         """What this run has read of itself: (what, whether it is right or None if it cannot be read, the reading)."""
         tp, last, ranks = self.config.gpus_per_engine, metrics[-1], len(self.devices)
-        before, after = self.heldout_before, last["heldout_reward"]
         mean, most = (max(row[f"logprob_difference_{kind}"] for row in metrics) for kind in ("mean", "max"))
         lines = [
             ("server started", True, f"{len(self.plan)} engine(s) of TP={tp}"),
             ("weight version", True, f"the newest in every sample; {self.version} syncs"),
             ("rollout and trainer agree", True, f"log-probabilities differ by {mean:.2g} nats, at most {most:.2g}"),
             ("training steps", len(metrics) == self.config.steps, f"{len(metrics)} of {self.config.steps}"),
-            ("held-out reward", after > before, f"{before:.3f} -> {after:.3f}")]
+            ("held-out reward", last["heldout_reward"] > self.heldout_before,
+             f"{self.heldout_before:.3f} -> {last['heldout_reward']:.3f}")]
         if self.config.device == "cpu":
             return lines + [("same GPU, all-reduce v2, CUDA graphs, exact weights, memory", None, "needs a GPU")]
         reports = self.each(self.engines, "report")
@@ -965,7 +963,7 @@ def run(config: Config) -> None:
     finally:
         started_here = psutil.Process().children(recursive=True)
         ray.shutdown()
-        for process in started_here:  # SGLang's processes die with their actor, but for those that are still starting
+        for process in started_here:  # SGLang's die with their actor, but for those that are still starting
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
@@ -977,9 +975,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     groups = {name: parser.add_argument_group(name) for name in ("run", "placement", "model", "rollout", "training")}
     for option in dataclasses.fields(Config):
-        meta, kind = option.metadata, dict(action=argparse.BooleanOptionalAction)
-        if type(option.default) is not bool:
-            kind = dict(type=type(option.default), choices=meta.get("choices"))
+        meta, kind = option.metadata, dict(type=type(option.default), choices=option.metadata.get("choices"))
+        kind = dict(action=argparse.BooleanOptionalAction) if kind["type"] is bool else kind
         groups[meta["group"]].add_argument(f"--{option.name.replace('_', '-')}", default=option.default,
                                            help=f"{meta['help']} (%(default)s)", **kind)
     config = Config(**vars(parser.parse_args(argv)))

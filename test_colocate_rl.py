@@ -569,7 +569,7 @@ def test_a_dead_scheduler_ends_the_run_with_its_name(tmp_path):
     (scheduler,) = [process for process in processes if "scheduler" in command_line(process)]
     scheduler.kill()
     status, output = job.end(processes)
-    assert status == 1 and "error: engine0 died in" in output and f"[{scheduler.pid}] died" in output
+    assert status == 1 and "error: engine0 died in" in output and f"pid={scheduler.pid}" in output
 
 
 # ---- Engine: two started at once, on one local Ray -----------------------------------------------------------------
@@ -717,18 +717,18 @@ BOTH = {0: [8, 512], 1: [8, 512]}
 
 
 @pytest.mark.parametrize(("log", "all_reduce", "graphs", "registered", "says"), [
-    pytest.param(V2 + BEGIN + SIZES + registering(9) + END, "v2", BOTH, 9, "v2 with 9 inputs", id="resident"),
-    pytest.param(V2 + BEGIN + SIZES + END, "v2", BOTH, None, "v2 with no inputs registered", id="unregistered"),
-    pytest.param(BEGIN + SIZES + registering(18) + END, "v1", BOTH, 18, "v1 with 18 inputs", id="v1"),
+    pytest.param(V2 + BEGIN + SIZES + registering(9) + END, "v2", BOTH, 9, "v2, 9 inputs", id="resident"),
+    pytest.param(V2 + BEGIN + SIZES + END, "v2", BOTH, None, "v2, no inputs registered", id="unregistered"),
+    pytest.param(BEGIN + SIZES + registering(18) + END, "v1", BOTH, 18, "v1, 18 inputs", id="v1"),
     pytest.param(V2 + BEGIN + SIZES.replace("8, 512", "1, 2, 4, 8") + registering(0) + END, "v2",
                  {rank: [1, 2, 4, 8] for rank in (0, 1)}, 0, "too small to show the fault", id="small-messages"),
     pytest.param(NOT_EXPORTED, "v2", {}, None, "CUDA IPC cannot export", id="graph-memory-is-not-exported"),
     pytest.param(WRONG_INDEX, None, {}, None, "physical id", id="wrong-index"),
     pytest.param("[2026-11-22 20:10:43 TP0] Capture target decode CUDA graph begin. backend=full, bs=[8, 512], avail\n"
                  "[2026-11-22 20:10:43 TP0] Capture target decode CUDA graph end. elapsed=2.36 s\n"
-                 "all-reduce: CustomAllReduceV2\n", "v2", {0: [8, 512]}, None, "v2 with no inputs", id="0.5.15"),
+                 "all-reduce: CustomAllReduceV2\n", "v2", {0: [8, 512]}, None, "v2, no inputs", id="0.5.15"),
     pytest.param("[2026-11-22 20:10:40] Capture cuda graph bs [1, 2]\n[2026-11-22 20:10:43] Capture cuda graph end.\n",
-                 None, {0: [1, 2]}, None, "None with no inputs", id="one-gpu"),
+                 None, {0: [1, 2]}, None, "None, no inputs", id="one-gpu"),
     pytest.param("RuntimeError: Not enough memory. Please increase it.\n", None, {}, None, "lower --mem", id="memory"),
     pytest.param("ValueError: bad model: x\nReceived sigquit\n", None, {}, None, "ValueError: bad", id="unknown"),
 ])
