@@ -164,6 +164,55 @@ def test_a_plan_that_sglang_cannot_express_is_refused(bundles, gpus_per_engine, 
     assert type(error.value) is PlacementError and all(fact in str(error.value) for fact in facts), error.value
 
 
+def random_layout(rng):
+    """Up to 16 nodes with up to 16 GPUs, each seen through a list of its own of which some GPUs are held, shuffled.
+
+    (CUDA_VISIBLE_DEVICES, GPUs of the machine, what the list means) of each node, and the held bundles as
+    (address, node, position in the list, Ray's id).
+    """
+    lists, held = [], []
+    for node in range(rng.randint(1, 16)):
+        machine = rng.randint(1, 16)
+        physical = rng.sample(range(machine), rng.randint(1, machine))
+        as_uuids, address = rng.random() < 0.3, f"10.{rng.randint(0, 2)}.{rng.randint(0, 12)}.{node + 1}"
+        tokens = [f"GPU-{gpu:08x}-{node:04x}" if as_uuids else str(gpu) for gpu in physical]
+        if rng.random() < 0.3:
+            value, tokens = None, [str(gpu) for gpu in range(machine)]
+        else:  # an invalid entry ends the list, whatever follows
+            value = " , ".join(tokens + rng.choice([[], ["-1", tokens[0]], ["x", tokens[-1]]]))
+        lists.append((value, machine, tokens))
+        taken = rng.sample(range(len(tokens)), rng.randint(1, len(tokens)))
+        if rng.random() < 0.5:  # often the kind of layout that has a plan
+            taken = list(range(min(taken), max(taken) + 1))
+        held += [(address, f"{rng.randint(0, 9)}{node}", at, tokens[at]) for at in taken]
+    return lists, rng.sample(held, len(held))
+
+
+@settings(deadline=None, max_examples=10_000, database=None)
+@given(seed=st.integers(0, 2**64), gpus_per_engine=st.sampled_from([1, 1, 2, 2, 3, 4, 4, 8, 16]))
+def test_plans_equal_an_oracle_or_are_refused_for_a_true_reason(seed, gpus_per_engine):
+    lists, held = random_layout(random.Random(seed))
+    for value, machine, tokens in lists:
+        assert visible_devices(value, machine) == tokens
+        for at, token in enumerate(tokens):
+            assert local_gpu_index(int(token) if token.isdigit() and at % 2 else token, tokens) == at
+    bundles = [Bundle(i, node, ip, token, at) for i, (ip, node, at, token) in enumerate(held)]
+    expected = sorted(held, key=lambda gpu: ([int(part) for part in gpu[0].split(".")], gpu[1], gpu[2]))
+    engines = [expected[at : at + gpus_per_engine] for at in range(0, len(expected), gpus_per_engine)]
+    uneven = len(expected) % gpus_per_engine != 0
+    spanning = any(len({(ip, node) for ip, node, _, _ in engine}) > 1 for engine in engines)
+    gap = any([gpu[2] for gpu in engine] != list(range(engine[0][2], engine[0][2] + len(engine))) for engine in engines)
+    try:
+        plan = plan_engines(bundles, gpus_per_engine)
+    except PlacementError as error:
+        reason = str(error)
+        assert uneven if "whole engines" in reason else spanning if "one node" in reason else gap, reason
+    else:
+        assert not (uneven or spanning or gap)
+        assert [[(b.node_ip, b.node_id, b.local_index, b.gpu_id) for b in e.bundles] for e in plan] == engines
+        assert [(e.base_gpu_id, e.node_ip) for e in plan] == [(engine[0][2], engine[0][0]) for engine in engines]
+
+
 def test_trainer_and_engine_on_different_gpus_are_refused_with_a_table():
     readings = [dict(rank=rank, tp_rank=rank, uuid=uuid) for rank, uuid in enumerate(UUIDS)]
     assert c.check_same_device(readings, readings) == [(0, 0, UUIDS[0], UUIDS[0]), (1, 1, UUIDS[1], UUIDS[1])]
