@@ -8,7 +8,6 @@ The algorithm is GRPO (DeepSeekMath, arXiv:2402.03300) with DAPO's token mean an
 truncated importance weights for the difference between the engine's and the trainer's probabilities.
 
     python colocate_rl.py                         # no GPU needed: a tiny model learns a toy task with the real engine
-    python colocate_rl.py --dry-run               # place, print the mapping, stop
     python colocate_rl.py --gpus-per-engine 2 --shape 0.6B --learning-rate 3e-5      # on two GPUs: one engine of TP=2
 """
 
@@ -85,21 +84,21 @@ class Config:
 
 def check_config(config: Config) -> list[str]:
     """Every problem with the settings; each names the option, its value and what was expected."""
-    wanted = []
+    rules = []
     for option in dataclasses.fields(config):
         value, low, high = getattr(config, option.name), *map(option.metadata.get, ("low", "high"))
         if type(value) in (int, float):
-            fits = (value > 0 if low is None else value >= low) and value < (high or math.inf)
-            wanted.append((option.name, fits, f"{'above 0' if low is None else f'at least {low}'}, below {high}"))
+            ok = (value > 0 if low is None else value >= low) and value < (high or math.inf)
+            rules.append((option.name, ok, f"{'above 0' if low is None else f'at least {low}'}, below {high or 'inf'}"))
     tp, samples = config.gpus_per_engine, config.prompts_per_step * config.group_size
     shares = max(1, config.gpus * config.updates_per_step)
-    wanted += [("max_new_tokens", config.max_new_tokens < config.context_length, "fewer than --context-length"),
+    rules += [("max_new_tokens", config.max_new_tokens < config.context_length, "fewer than --context-length"),
                ("gpus_per_engine", tp == 1 or config.device == "cuda" or config.dry_run, "1 on a CPU"),
-               ("gpus", tp < 1 or config.gpus % tp == 0, f"a multiple of --gpus-per-engine, {tp}"),
+               ("gpus", tp < 1 or config.gpus % tp == 0 < config.gpus, f"a multiple of --gpus-per-engine, {tp}"),
                ("prompts_per_step", samples % shares == 0, f"prompts x --group-size ({samples}) to divide by GPUs x "
                 f"--updates-per-step ({shares})")]
     return [f"--{name.replace('_', '-')} is {getattr(config, name)!r}; expected {expected}"
-            for name, holds, expected in wanted if not holds]
+            for name, holds, expected in rules if not holds]
 
 
 # ---- 2. Devices: visible list -> local index -> engine plan (pure) --------------------------------------------------
@@ -160,12 +159,8 @@ class Bundle:  # one GPU of the placement group, as its probe found it
     uuid: str | None = None  # None on a machine without GPUs
 
 
-@dataclasses.dataclass(frozen=True)
-class EnginePlacement:  # tensor parallel rank r runs on `bundles[r]`, whose local index is `base_gpu_id + r`
-    engine: int
-    bundles: tuple[Bundle, ...]
-    base_gpu_id: int
-    node_ip: str
+# One engine: tensor parallel rank r runs on `bundles[r]`, whose local index is `base_gpu_id + r`.
+EnginePlacement = namedtuple("EnginePlacement", "engine bundles base_gpu_id node_ip")
 
 
 def plan_engines(bundles: Sequence[Bundle], gpus_per_engine: int) -> list[EnginePlacement]:
@@ -245,7 +240,7 @@ class Probe:
 
 
 def read_device(local_index: int) -> dict[str, Any]:
-    """What the calling process sees; without GPUs the UUID is None."""
+    """What the calling process sees at an index; without GPUs the UUID is None."""
     uuid = f"GPU-{torch.cuda.get_device_properties(local_index).uuid}" if torch.cuda.is_available() else None
     return dict(pid=os.getpid(), visible=os.environ.get("CUDA_VISIBLE_DEVICES"), local_index=local_index, uuid=uuid)
 
@@ -304,14 +299,15 @@ class EngineLogReport(NamedTuple):  # what an engine's log says of its start
     graphs: dict[int, list[int]]  # tp_rank -> batch sizes of the CUDA graphs it captured
     registered: int | None  # inputs of captured all-reduces that were registered; None: SGLang said nothing
     replayed: bool  # a decode batch ran with a graph
-    error: str  # the last error line, or ""
+    errors: list[str]  # all error lines
+    error: str  # the last one whose cause is known, or else the last one, or ""
     help: str  # its cause and remedy, where they are known
 
     def __str__(self) -> str:
         inputs = "0 (messages too small to show the fault)" if self.registered == 0 else self.registered or "no"
         sizes = {rank: f"{len(sizes)} up to batches of {max(sizes)}" for rank, sizes in self.graphs.items()}
         works = f"all-reduce {self.all_reduce}, {inputs} inputs registered, CUDA graphs by rank: {sizes or 'none'}"
-        return "\n  ".join([self.error, *self.help.splitlines()]) if self.error else works
+        return "\n  ".join([self.error, *self.help.splitlines()]) if self.error and not self.graphs else works
 
 
 def parse_engine_log(text: str) -> EngineLogReport:
@@ -320,13 +316,13 @@ def parse_engine_log(text: str) -> EngineLogReport:
     v2 = re.search(r"Custom allreduce v2 initialized|all-reduce: CustomAllReduceV2", text)  # v1 does not say so
     sizes = re.search(r"(?i)capture .*graph.*\bbs[ =](\[[\d, ]*\])", text)
     ranks = re.findall(r"(?im)^\[[^]]*?(?:TP(\d+))?\] capture .*graph end", text)
-    errors = re.findall(r"^.*(?:\b\w*(?:Error|Exception)\b.*: \S|crashed with exit code).*$", text, re.M)
-    error = errors[-1].strip() if errors else ""
-    return EngineLogReport(
-        all_reduce="v2" if v2 else "v1" if registered else None,
-        graphs={int(rank or 0): json.loads(sizes[1]) for rank in sorted(ranks) if sizes},
-        registered=int(registered[1]) if registered else None, replayed="cuda graph: True" in text,
-        error=error, help=next((help for pattern, help in ENGINE_FAULTS if re.search(pattern, error)), ""))
+    lines = r"^.*(?:\b\w*(?:Error|Exception)\b.*: \S|crashed with exit code|check_weights see error).*$|^\w+Error$"
+    errors = [line.strip() for line in re.findall(lines, text, re.M)]
+    known = [(line, help) for line in errors for pattern, help in ENGINE_FAULTS if re.search(pattern, line)]
+    error, help = (known or [(line, "") for line in errors] or [("", "")])[-1]
+    return EngineLogReport("v2" if v2 else "v1" if registered else None,
+                           {int(rank or 0): json.loads(sizes[1]) for rank in sorted(ranks) if sizes},
+                           int(registered[1]) if registered else None, "cuda graph: True" in text, errors, error, help)
 
 
 def plan_graph_pool(version: str, memory_saver: bool, tp_size: int, alloc_conf: str, prefer: str) -> GraphPool:
@@ -365,13 +361,14 @@ def run_scheduler(register_inputs: bool, server_args: Any, port_args: Any, gpu_i
     send = args[-1].send
 
     def send_ready(message: dict[str, Any]) -> None:
-        # Set earlier, this selects kernels that a CPU lacks. Now that the scheduler is built, only the sampler still
-        # reads it: a draw depends on its request's seed and position, not on who else is in the batch.
+        # Set earlier, this selects kernels that a CPU lacks. Now that the scheduler of a dense model is built, only its
+        # sampling still reads it: a draw depends on its request's seed and position, not on who shares the batch.
         get_global_server_args().enable_deterministic_inference = True
         communicator = get_tp_group().ca_comm
         all_reduce = type(communicator).__name__ if communicator and not communicator.disabled else None
         print(f"all-reduce: {all_reduce}", flush=True)  # SGLang 0.5.14 and later do not log it
-        send({**message, "reading": dict(tp_rank=args[0], all_reduce=all_reduce, **read_device(gpu_id))})
+        device = torch.cuda.current_device() if server_args.device == "cuda" else gpu_id  # in use, not as told
+        send({**message, "reading": dict(tp_rank=args[0], all_reduce=all_reduce, **read_device(device))})
 
     args[-1].send = send_ready  # the pipe on which the scheduler says, once, that it is ready
     run_scheduler_process(server_args, port_args, gpu_id, *args)
@@ -386,7 +383,7 @@ def draw_with_seeds(logprobs: torch.Tensor, seeds: torch.Tensor, positions: torc
 
 
 def prepare_cpu_engine() -> None:
-    """Let SGLang be imported without libcuda: a stub of `sgl_kernel` has all that it imports, and calls nothing of."""
+    """Let SGLang be imported without libcuda: a stub stands for `sgl_kernel`, of which a CPU engine calls nothing."""
     package = Path.home() / ".cache/colocate_rl/sgl_kernel"
     package.mkdir(parents=True, exist_ok=True)
     (package / "__init__.py").touch()
@@ -451,7 +448,7 @@ class Engine:
         try:
             if args["device"] == "cpu":
                 prepare_cpu_engine()
-            elif "GPU-" in (visible := os.environ.get("CUDA_VISIBLE_DEVICES", "")):
+            elif (visible := os.environ.get("CUDA_VISIBLE_DEVICES", "")).startswith("GPU-"):
                 # Where SGLang reads UUIDs instead of numbers, it goes on without all-reduce v2.
                 uuids = [pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(i))
                          for i in range(pynvml.nvmlDeviceGetCount())]
@@ -476,8 +473,7 @@ class Engine:
 
     def memory_used(self) -> list[float]:
         """GiB in use on each of the engine's GPUs, by whomever, as nvidia-smi counts it; takes no CUDA context."""
-        return [pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid)).used / 2**30
-                for uuid in self.uuids]
+        return [pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(u)).used / 2**30 for u in self.uuids]
 
     def generate(self, prompts: list[list[int]], sampling: list[dict[str, Any]]) -> list[Sample]:
         """Token ids in, token ids and log-probabilities out; each `sampling` may carry its own `sampling_seed`."""
@@ -512,7 +508,7 @@ class Engine:
         self._ask("check_weights", CheckWeightsReqInput(action=action))
 
     def shutdown(self) -> None:
-        """End SGLang's processes, and with them this actor."""
+        """End SGLang's processes; nothing can be asked of this actor any more."""
         self.engine.shutdown()
 
     def _ask(self, method: str, request: Any) -> None:
@@ -538,7 +534,7 @@ class Trainer:
         log_to(log)
         self.rank, self.config, self.bundle, self.on_gpu = rank, config, bundle, config.device == "cuda"
         if not self.on_gpu:
-            prepare_cpu_engine()
+            prepare_cpu_engine()  # `weights` imports parts of SGLang
         import transformers  # noqa: F401  slow: here it happens while the engines start
         self.device = torch.device("cuda", bundle.local_index) if self.on_gpu else torch.device("cpu")
         self.backend = torch.get_device_module(self.device)  # torch.cuda or torch.cpu
@@ -560,15 +556,16 @@ class Trainer:
         def load() -> torch.nn.Module:
             trust = self.config.trust_remote_code
             network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=trust)
-            for module in network.to(self.device).modules():
-                if type(module).__name__ in network._no_split_modules:  # one decoder layer
+            for module in network.modules():  # moved to the device shard by shard
+                if type(module).__name__ in (network._no_split_modules or ()):  # one decoder layer
                     fully_shard(module, **shard)
             return fully_shard(network, **shard)
 
         self.model = load()
         self.reference = load().requires_grad_(False) if self.config.kl_coef else None
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate, weight_decay=0.0)
-        return {"rank": self.rank, **read_device(self.bundle.local_index)}
+        device = next(self.model.parameters()).to_local().device  # in use, not as told
+        return {"rank": self.rank, **read_device(self.bundle.local_index if device.index is None else device.index)}
 
     def train(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
         """One optimizer step for each share of the rows; every rank gets all rows and works on its own."""
@@ -593,6 +590,8 @@ class Trainer:
             metrics["grad_norm"] = norm.full_tensor().item()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+        if self.on_gpu:
+            torch.cuda.empty_cache()  # the engine wakes next
         return metrics
 
     def _logprobs(self, model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
@@ -637,7 +636,7 @@ class Trainer:
         from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
         if self.on_gpu:
             monkey_patch_torch_reductions()  # the handle names its device by UUID
-        torch.multiprocessing.set_sharing_strategy("file_system")  # on a CPU: by name, the reader is no child
+        torch.multiprocessing.set_sharing_strategy("file_system")  # on a CPU: by name, for the reader is no child
         bucket = FlattenedTensorBucket(list(self._gathered()))  # tied weights come once
         self._sent = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
         self.backend.synchronize()  # the reader, in another process, does not wait for this stream
@@ -869,7 +868,7 @@ class Loop:
         mean, most = (max(row[f"logprob_difference_{kind}"] for row in metrics) for kind in ("mean", "max"))
         lines = [
             ("server started", True, f"{len(self.plan)} engine(s) of TP={tp}"),
-            ("weight version", True, f"the newest in every sample; {self.version} syncs"),
+            ("weight version", True, f"that of the last sync in every sample; {self.version} syncs acknowledged"),
             ("rollout and trainer agree", True, f"log-probabilities differ by {mean:.2g} nats, at most {most:.2g}"),
             ("training steps", len(metrics) == self.config.steps, f"{len(metrics)} of {self.config.steps}"),
             ("held-out reward", last["heldout_reward"] > self.heldout_before,
@@ -877,6 +876,7 @@ class Loop:
         if self.config.device == "cpu":
             return lines + [("same GPU, all-reduce v2, CUDA graphs, exact weights, memory", None, "needs a GPU")]
         reports = self.each(self.engines, "report")
+        errors = "\n".join(line for report in reports for line in report.errors)
         used, graphs = {s["all_reduce"] for s in self.schedulers}, [g for r in reports for g in r.graphs.values()]
         grown = max(now - then for now, then in zip(last["gib_wake"], metrics[0]["gib_wake"], strict=True))
         return lines + [
@@ -884,10 +884,10 @@ class Loop:
             ("all-reduce v2", used == {"CustomAllReduceV2"} if tp > 1 else None, f"TP={tp}, schedulers use {used}"),
             ("CUDA graphs captured", len(graphs) == ranks, f"in {len(graphs)} of {ranks} ranks"),
             ("CUDA graphs replayed", all(report.replayed for report in reports), "by decode batches of every engine"),
-            ("no CUDA error", not any("CUDA" in r.error for r in reports), "in the engines' logs"),
-            ("weights equal to the bit", True, "after a sync onto noise"),
-            ("memory asleep", self.left < min(last["gib_wake"]) / 2, f"engines leave {self.left:.2f} GiB a GPU"),
-            ("memory does not grow", grown < 0.1, f"{grown:+.3f} GiB from step 0 to step {last['step']}")]
+            ("no CUDA error", "CUDA error" not in errors, "in the engines' logs"),
+            ("weights equal to the bit", "check_weights" not in errors, "in every rank, after a sync onto noise"),
+            ("memory asleep", self.left < 0.5 * min(last["gib_wake"]), f"engines leave {self.left:.2f} GiB (< 50 %)"),
+            ("memory does not grow", grown < 0.1 if last["step"] else None, f"{grown:+.3f} GiB over all steps")]
 
 
 def check_same_device(trainers: list[dict[str, Any]], schedulers: list[dict[str, Any]]) -> list[tuple]:
@@ -929,7 +929,7 @@ def run(config: Config) -> None:
         logical = config.gpus if config.device == "cpu" else None
         options |= dict(address="local", include_dashboard=False, num_gpus=logical)
     start, folder = time.perf_counter(), Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").resolve()
-    model, metrics = folder / "model", []
+    model, metrics, others = folder / "model", [], set(psutil.Process().children(recursive=True))
     try:
         ray.init(**options)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ray.init has set one that aborts
@@ -949,6 +949,7 @@ def run(config: Config) -> None:
                 file.write(json.dumps(metrics[-1]) + "\n")
                 bar.write("  ".join(f"{name} {x:.4g}" for name, x in metrics[-1].items() if "gib_" not in name))
                 bar.set_postfix(reward=metrics[-1]["reward"], tokens_per_second=metrics[-1]["tokens_per_second"])
+        loop.each(loop.engines, "sleep")
         loop.each(loop.trainers, "onload")
         loop.each(loop.trainers, "save", str(model))
         plot(metrics, folder / "reward.png")
@@ -961,7 +962,7 @@ def run(config: Config) -> None:
             print({True: "[x]", False: "[FAILED]", None: "[ ]"}[right], f"{what}: {reading}")
         print(f"{summary['wall_seconds']:.0f} s, all of it in {folder}")
     finally:
-        started_here = psutil.Process().children(recursive=True)
+        started_here = set(psutil.Process().children(recursive=True)) - others
         ray.shutdown()
         for process in started_here:  # SGLang's die with their actor, but for those that are still starting
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -987,7 +988,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(config)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except (PlacementError, RuntimeError, OSError) as error:
+    except (PlacementError, RuntimeError, OSError, ray.exceptions.RayError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

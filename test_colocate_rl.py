@@ -258,7 +258,8 @@ shared = c.probe_bundles(c.create_placement_group(2, 60), 120)
 for visible in sys.argv[1:]:
     cluster.add_node(num_gpus=2, env_vars={"CUDA_VISIBLE_DEVICES": visible})
 bundles = c.probe_bundles(c.create_placement_group(4, 60), 120)
-plans = [[dataclasses.asdict(engine) for engine in c.plan_engines(found, 2)] for found in (shared, bundles)]
+plans = [[engine._asdict() | dict(bundles=[dataclasses.asdict(bundle) for bundle in engine.bundles])
+          for engine in c.plan_engines(found, 2)] for found in (shared, bundles)]
 print(json.dumps(dict(too_many=too_many, other=other, taken=taken, shared=plans[0], listed=plans[1],
                       spanning=refused(c.plan_engines, bundles, 4))))
 ray.shutdown()
@@ -780,13 +781,16 @@ BOTH = {0: [8, 512], 1: [8, 512]}
                  None, {0: [1, 2]}, None, "None, no inputs", id="one-gpu"),
     pytest.param("RuntimeError: Not enough memory. Please increase it.\n", None, {}, None, "lower --mem", id="memory"),
     pytest.param("ValueError: bad model: x\nReceived sigquit\n", None, {}, None, "ValueError: bad", id="unknown"),
+    pytest.param("AssertionError\n", None, {}, None, "AssertionError", id="without-a-message"),
+    pytest.param(WRONG_INDEX + "RuntimeError: Connection closed\n", None, {}, None, "physical id", id="not-the-last"),
+    pytest.param("ImportError: no x\n" + SIZES + END, None, BOTH, None, "None, no inputs", id="harmless-error"),
 ])
 @pytest.mark.parametrize("decoded", [False, True])
 def test_the_engine_s_log_tells_the_outcomes_apart(log, all_reduce, graphs, registered, says, decoded):
     report = c.parse_engine_log(log + PREFILL + decoded * DECODE)
     assert report[:4] == (all_reduce, graphs, registered, decoded)
     assert says in str(report) and (not report.error or report.error in log)
-    assert ("cause" in report.help) == (says not in str(report.error) and bool(report.error))
+    assert ("cause" in report.help) == (bool(report.error) and not graphs and says not in report.error)
 
 
 @pytest.mark.parametrize(("sglang", "saver", "tp", "prefer", "in_saver", "registers"), [
