@@ -39,9 +39,15 @@ from colocate_rl import (
 )
 
 MODULE = Path(c.__file__).resolve()
+GPUS = torch.cuda.device_count()
 UUIDS = ["GPU-aaaaaaaa-1111-2222-3333-444444444444", "GPU-aaaabbbb-1111-2222-3333-444444444444"]
 MIG = "MIG-GPU-aaaaaaaa-1111-2222-3333-444444444444/1/0"
 EIGHT = list("01234567")
+
+
+def without_gpus():
+    if GPUS:
+        pytest.skip("is about a machine without GPUs; this one's would be used")
 
 
 def environment(changes):
@@ -269,8 +275,7 @@ cluster.shutdown()
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    if torch.cuda.is_available():
-        pytest.skip("logical GPUs need a machine without real ones: its processes would see those")
+    without_gpus()
     done = python("-c", DRIVER, "3,1", ",".join(UUIDS), cwd=tmp_path_factory.mktemp("cluster"), timeout=400)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -494,10 +499,12 @@ def command_line(process):
 class Job:
     """`python colocate_rl.py ...` in a folder of its own."""
 
-    def __init__(self, folder, *options):
+    def __init__(self, folder, *options, on_gpus=False, **env):
+        if not on_gpus:
+            without_gpus()
         self.folder = folder
         self.process = subprocess.Popen([sys.executable, c.__file__, *options], cwd=folder, text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                                        env=environment(env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def rows(self):
         files = list(self.folder.glob("runs/*/metrics.jsonl"))
@@ -622,11 +629,50 @@ def test_a_dead_scheduler_ends_the_run_with_its_name(tmp_path):
     assert status == 1 and "error: engine0 died in" in output and f"pid={scheduler.pid}" in output
 
 
+HOLDER = """
+import sys, time
+import ray
+
+@ray.remote(num_gpus=1)
+class OtherJob:
+    def gpu_ids(self):
+        return ray.get_gpu_ids()
+
+ray.init("local", num_gpus=int(sys.argv[1]) or None, include_dashboard=False, log_to_driver=False)
+job = OtherJob.remote()
+print(ray.get_runtime_context().gcs_address, ray.get(job.gpu_ids.remote())[0], flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_cluster_on_which_another_job_holds_a_gpu(tmp_path):
+    """The run gets the GPU that is left, whose local index is not its rank; logical GPUs or real ones."""
+    if GPUS == 1:
+        pytest.skip("needs a second GPU")
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, "0" if GPUS else "2"], cwd=tmp_path, env=environment({}),
+                              stdout=subprocess.PIPE, text=True)
+    try:
+        address, held = holder.stdout.readline().split()
+        job = Job(tmp_path, "--gpus", "1", "--steps", "2", on_gpus=True, RAY_ADDRESS=address,
+                  RAY_AUTH_MODE="token")  # as the cluster that ray.init started
+        output = job.process.communicate(timeout=300)[0]
+        assert job.process.returncode == 0, output
+        (summary,) = (json.loads(path.read_text()) for path in tmp_path.glob("runs/*/summary.json"))
+        ((rank, tp_rank, trainer, scheduler),) = summary["devices"]
+        index = [line.split()[3] for line in output.splitlines() if line.startswith("0  ")]
+        assert (rank, tp_rank) == (0, 0) and trainer == scheduler and held == "0" and index == ["1"], output
+        assert trainer == (machine_uuids()[1] if GPUS else None)
+    finally:
+        holder.kill()
+        psutil.wait_procs(psutil.Process().children(recursive=True), timeout=15)
+
+
 # ---- Engine: two started at once, on one local Ray -----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def two_gpus():
+    without_gpus()
     ray.init("local", num_gpus=2, include_dashboard=False, log_to_driver=False,
              runtime_env={"py_modules": [c.__file__]})
     yield c.create_placement_group(2, 60)
@@ -897,7 +943,6 @@ def test_the_saved_model_loads_in_transformers_and_sglang(main_job, two_gpus, en
 
 # ---- GPUs -----------------------------------------------------------------------------------------------------------
 
-GPUS = torch.cuda.device_count()
 SGLANG = tuple(map(int, re.findall(r"\d+", version("sglang"))[:3]))
 GRAPH_SIZES = "cuda_graph_bs_decode" if SGLANG >= (0, 5, 14) else "cuda_graph_bs"
 
@@ -1099,7 +1144,7 @@ def test_the_default_graph_pool_is_the_faster_one_and_leaves_enough_memory(captu
 @pytest.mark.parametrize("tp", [gpu_case(tp, tp, id=f"tp{tp}") for tp in (1, 2)])
 def test_a_qwen3_of_600_million_parameters_learns(tmp_path, tp):
     job = Job(tmp_path, "--gpus", str(tp), "--gpus-per-engine", str(tp), "--shape", "0.6B", "--learning-rate", "3e-5",
-              "--steps", "20", "--heldout-every", "5")
+              "--steps", "20", "--heldout-every", "5", on_gpus=True)
     status, output = job.end(job.until(lambda rows: len(rows) > 2, 300), 300)
     print(output[-3000:])
     assert status == 0, output
