@@ -976,9 +976,9 @@ sys.exit(c.main(sys.argv[1:]))
 UNSET = None
 MAPPINGS = [  # GPUs needed, physical ids in CUDA_VISIBLE_DEVICES, written as UUIDs, gpus_per_engine
     (1, UNSET, False, 1), (1, [0], False, 1), (1, [0], True, 1), (2, [1], False, 1), (2, [1, 0], False, 1),
-    (2, [1, 0], True, 2), (3, [1, 2], False, 2), (4, [2, 3], False, 2), (4, [3, 1, 2, 0], False, 2),
-    (4, [3, 1, 2, 0], True, 2), (5, [1, 2, 3, 4], False, 4), (8, [4, 5, 6, 7], False, 4), (8, [4, 5, 6, 7], False, 2),
-    (8, UNSET, False, 4)]
+    (2, [1, 0], True, 2), (3, [1, 2], False, 2), (4, [2, 3], False, 2), (4, [1, 2, 3], False, 1), (4, UNSET, False, 4),
+    (4, [3, 1, 2, 0], False, 2), (4, [3, 1, 2, 0], True, 2), (5, [1, 2, 3, 4], False, 4), (8, [4, 5, 6, 7], False, 4),
+    (8, [4, 5, 6, 7], False, 2)]
 
 
 def mapping_id(ids, as_uuids, tp):
@@ -995,11 +995,13 @@ def small_jobs(tmp_path_factory):
         if ids is not UNSET:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(machine_uuids()[i] if as_uuids else str(i) for i in ids)
         folder = tmp_path_factory.mktemp("job")
-        command = [sys.executable, "-c", SMALL_JOB, "--steps", "2", "--gpus-per-engine", str(tp)]
+        command = [sys.executable, "-c", SMALL_JOB, "--steps", "2", "--prompts-per-step", "24", "--gpus-per-engine",
+                   str(tp)]  # 24 prompts: equal shares for three GPUs, too
         with open(folder / "output", "w") as output:
             return folder, subprocess.Popen(command, cwd=folder, env=environment(env), stdout=output, stderr=output)
 
-    jobs = {mapping_id(*mapping): start(*mapping) for needed, *mapping in MAPPINGS if needed <= GPUS}
+    jobs = {mapping_id(*mapping): start(*mapping) for needed, *mapping in MAPPINGS
+            if needed <= GPUS and (mapping[0] is not UNSET or GPUS % mapping[2] == 0)}
     jobs["expandable"] = start([0], False, 1, **EXPANDABLE)
     yield jobs
     for _, job in jobs.values():
@@ -1020,6 +1022,8 @@ def finished(job):
 @pytest.mark.parametrize(("ids", "as_uuids", "tp"), [
     gpu_case(needed, ids, as_uuids, tp, id=mapping_id(ids, as_uuids, tp)) for needed, ids, as_uuids, tp in MAPPINGS])
 def test_trainer_and_engine_share_the_gpus_that_were_named(small_jobs, ids, as_uuids, tp):
+    if ids is UNSET and GPUS % tp:
+        pytest.skip(f"{GPUS} GPUs do not divide into engines of {tp}")
     summary = finished(small_jobs[mapping_id(ids, as_uuids, tp)])
     expected = machine_uuids() if ids is UNSET else [machine_uuids()[i] for i in ids]
     assert summary["devices"] == [[rank, rank % tp, uuid, uuid] for rank, uuid in enumerate(expected)]
@@ -1032,21 +1036,22 @@ def test_a_run_with_expandable_segments_in_its_environment(small_jobs):
     assert "WARNING: expandable_segments taken out" in log.read_text()
 
 
-@pytest.fixture(scope="module")
-def captured(tmp_path_factory):
-    """Engines of TP=2 with graphs for messages of 4 MiB, above the 2 MiB from which inputs are registered.
+@pytest.fixture(scope="module", params=[gpu_case(tp, tp, id=f"tp{tp}") for tp in (2, 4)])
+def captured(request, tmp_path_factory):
+    """Engines with graphs for messages of 4 MiB; inputs are registered from 2 MiB at TP=2, from 384 KiB at TP=4.
 
     All start at once. By name: the actor, the error of its start or None, its report.
     """
+    tp = request.param
     folder = tmp_path_factory.mktemp("captured")
     json.dump(Qwen3Config(
         architectures=["Qwen3ForCausalLM"], hidden_size=4096, intermediate_size=4096, num_hidden_layers=4, head_dim=128,
         num_attention_heads=32, num_key_value_heads=8, vocab_size=1024, tie_word_embeddings=True, eos_token_id=1,
     ).to_dict(), open(folder / "config.json", "w"))
     ray.init("local", include_dashboard=False, log_to_driver=False, runtime_env={"py_modules": [c.__file__]})
-    group = c.create_placement_group(2, 60)
-    plan = c.plan_engines(c.probe_bundles(group, 120), 2)
-    args = c.engine_args(c.Config(gpus_per_engine=2, gpus=2), plan[0], str(folder)) | {
+    group = c.create_placement_group(tp, 60)
+    plan = c.plan_engines(c.probe_bundles(group, 120), tp)
+    args = c.engine_args(c.Config(gpus_per_engine=tp, gpus=tp), plan[0], str(folder)) | {
         "load_format": "dummy", "max_total_tokens": 80_000, "max_running_requests": 512, GRAPH_SIZES: [8, 512]}
     saver_registers = c.GraphPool(True, True, "", "guard off")
     cases = {  # changed arguments, environment, plan or None for the file's own, preferred plan
@@ -1079,26 +1084,24 @@ def captured(tmp_path_factory):
 EXPORT_FAULT = r"custom_all_reduce.cuh:\d+: CUDA error: invalid argument"
 
 
-@needs_gpus(2)
 @pytest.mark.parametrize("name", ["saver, guard off", "expandable, guard off"])
 def test_graph_memory_that_cuda_ipc_cannot_export_fails_with_the_reported_line(captured, name):
     _, error, report = captured[name]
     if SGLANG < (0, 5, 15):
         assert re.search(EXPORT_FAULT, error) and "CUDA IPC cannot export" in error and "v2" == report.all_reduce
     else:  # SGLang handles both
-        assert error is None and sorted(report.graphs) == [0, 1]
+        assert error is None and len(report.graphs) > 1
 
 
-@needs_gpus(2)
 @pytest.mark.parametrize("name", ["saver", "resident", "expandable"])
 def test_graphs_are_captured_with_the_guard_on(captured, name):
     _, error, report = captured[name]
-    assert error is None and report.all_reduce == "v2" and report.graphs == BOTH and not report.error
+    assert error is None and report.all_reduce == "v2" and not report.error
+    assert len(report.graphs) > 1 and all(sizes == [8, 512] for sizes in report.graphs.values())
     if SGLANG < (0, 5, 14):
         assert report.registered == (9 if name == "resident" else None)
 
 
-@needs_gpus(2)
 def test_a_physical_id_as_base_is_the_other_error(captured):
     _, error, report = captured["physical id"]
     assert "CUDA error: invalid device ordinal" in error and "maybe a physical id" in error
@@ -1110,14 +1113,12 @@ def greedy(engine, prompts, tokens):
     return [sample.response_ids for sample in c.wait_for([engine.generate.remote(prompts, params)], 300, "generate")[0]]
 
 
-@needs_gpus(2)
 def test_greedy_tokens_are_equal_with_and_without_graphs(captured):
     prompts = [[3 + row, 50, 7 * row + 2, 9] for row in range(8)]
     tokens = {name: greedy(captured[name][0], prompts, 16) for name in ("saver", "resident", "expandable", "no graphs")}
     assert all(found == tokens["no graphs"] for found in tokens.values()), tokens
 
 
-@needs_gpus(2)
 def test_the_default_graph_pool_is_the_faster_one_and_leaves_enough_memory(captured):
     names, seconds, left = ("saver", "resident"), {"saver": [], "resident": []}, {}
     for _ in range(8):  # in turns; the first turns warm up
