@@ -670,9 +670,13 @@ def test_a_cluster_on_which_another_job_holds_a_gpu(tmp_path):
 # ---- Engine: two started at once, on one local Ray -----------------------------------------------------------------
 
 
+NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+
+
 @pytest.fixture(scope="module")
 def two_gpus():
     without_gpus()
+    os.environ |= NO_MULTICAST
     ray.init("local", num_gpus=2, include_dashboard=False, log_to_driver=False,
              runtime_env={"py_modules": [c.__file__]})
     yield c.create_placement_group(2, 60)
@@ -714,6 +718,13 @@ def test_scheduler_processes_report_what_they_see(engines):
         assert reading["tp_rank"] == 0 and reading["local_index"] == index and reading["uuid"] is None
         assert reading["pid"] != os.getpid()
     assert engines[1][0][0]["pid"] != engines[1][1][0]["pid"]
+
+
+def test_nvlink_multicast_stays_off_where_it_is_turned_off(engines):
+    for (reading,) in engines[1]:
+        scheduler = psutil.Process(reading["pid"])
+        for process in (scheduler, scheduler.parent()):
+            assert NO_MULTICAST.items() <= process.environ().items()
 
 
 def test_generate_returns_ids_logprobs_and_version(engines):
