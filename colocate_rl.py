@@ -93,10 +93,10 @@ def check_config(config: Config) -> list[str]:
     tp, samples = config.gpus_per_engine, config.prompts_per_step * config.group_size
     shares = max(1, config.gpus * config.updates_per_step)
     rules += [("max_new_tokens", config.max_new_tokens < config.context_length, "fewer than --context-length"),
-               ("gpus_per_engine", tp == 1 or config.device == "cuda" or config.dry_run, "1 on a CPU"),
-               ("gpus", tp < 1 or config.gpus % tp == 0 < config.gpus, f"a multiple of --gpus-per-engine, {tp}"),
-               ("prompts_per_step", samples % shares == 0, f"prompts x --group-size ({samples}) to divide by GPUs x "
-                f"--updates-per-step ({shares})")]
+              ("gpus_per_engine", tp == 1 or config.device == "cuda" or config.dry_run, "1 on a CPU"),
+              ("gpus", tp < 1 or config.gpus % tp == 0 < config.gpus, f"a multiple of --gpus-per-engine, {tp}"),
+              ("prompts_per_step", samples % shares == 0, f"prompts x --group-size ({samples}) to divide by GPUs x "
+               f"--updates-per-step ({shares})")]
     return [f"--{name.replace('_', '-')} is {getattr(config, name)!r}; expected {expected}"
             for name, holds, expected in rules if not holds]
 
