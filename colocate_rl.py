@@ -1,11 +1,8 @@
 """Reinforcement learning on language models with rollout and training on the same GPUs ("colocate"), in one file.
 
-SGLang generates, torch (FSDP2) trains, Ray places both on the GPUs of one placement group, and they take turns. The
-file maps Ray's GPU ids to local indices, proves that trainer and engine use the same devices, keeps custom all-reduce
-v2 and CUDA graphs on, and checks in every step that what generates is what was trained.
-
-The algorithm is GRPO (DeepSeekMath, arXiv:2402.03300) with DAPO's token mean and asymmetric clip (arXiv:2503.14476) and
-truncated importance weights for the difference between the engine's and the trainer's probabilities.
+SGLang generates, torch (FSDP2) trains, Ray places both on the same GPUs, and they take turns. The mapping of GPU ids is
+read and checked, custom all-reduce v2 and CUDA graphs stay on, what generates is checked to be what was trained. GRPO
+(arXiv:2402.03300) with DAPO's token mean and asymmetric clip (arXiv:2503.14476) and truncated importance weights.
 
     python colocate_rl.py                         # no GPU needed: a tiny model learns a toy task with the real engine
     python colocate_rl.py --gpus-per-engine 2 --shape 0.6B --learning-rate 3e-5      # on two GPUs: one engine of TP=2
@@ -22,13 +19,13 @@ import multiprocessing.connection
 import os
 import random
 import re
+import shutil
 import signal
-import socket
 import sys
 import threading
 import time
 from collections import namedtuple
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -41,9 +38,11 @@ import torch
 import torch.distributed as dist
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_optimizer_state_dict
+from tqdm import tqdm
+
 
 # ---- 1. Settings ----------------------------------------------------------------------------------------------------
-
 def _option(default: Any, group: str, help: str, **limits: Any) -> Any:
     return dataclasses.field(default=default, metadata=dict(group=group, help=help, **limits))
 
@@ -54,7 +53,9 @@ class Config:
 
     steps: int = _option(50, "run", "training steps")
     seed: int = _option(0, "run", "makes a run repeatable: initial weights, data order, sampling", low=0)
-    heldout_every: int = _option(10, "run", "score the held-out prompts greedily every this many steps")
+    heldout_every: int = _option(10, "run", "every this many steps: score the held-out prompts, write a checkpoint")
+    resume: str = _option("", "run", "folder of a run to go on with, by its own settings where none are given")
+    max_restarts: int = _option(2, "run", "restarts from the last checkpoint, anew after each new step", low=0)
     dry_run: bool = _option(False, "run", "place, print the mapping of bundles to engines, and stop")
     timeout: float = _option(600.0, "run", "limit, in seconds, of an engine's start and of every other single call")
     device: str = _option("auto", "placement", "auto: cuda where there is one", choices=("auto", "cuda", "cpu"))
@@ -70,19 +71,17 @@ class Config:
     temperature: float = _option(1.0, "rollout", "of sampling; training divides its logits by the same")
     context_length: int = _option(512, "rollout", "longest prompt and response together, in tokens")
     mem_fraction: float = _option(0.6, "rollout", "share of a GPU for the engine's weights and KV cache", high=1)
-    graph_pool: str = _option("resident", "rollout", "CUDA graphs' memory: stays on the GPU, or sleeps with the rest",
-                              choices=("resident", "saver"))
+    graph_pool: str = _option("resident", "rollout", "CUDA graphs; saver: sleep, too", choices=("resident", "saver"))
     learning_rate: float = _option(3e-3, "training", "of AdamW, constant")
     updates_per_step: int = _option(2, "training", "optimizer steps on a batch; the clip matters from the second on")
     micro_batch: int = _option(64, "training", "sequences in one forward and backward pass of a rank")
-    kl_coef: float = _option(0.0, "training", "weight of the k3 KL to the initial model; 0: no such model", low=0)
 
     def __post_init__(self) -> None:
         self.device = self.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
         self.gpus = self.gpus or (torch.cuda.device_count() if self.device == "cuda" else 1)
 
 
-def check_config(config: Config) -> list[str]:
+def check_config(config: Config, task: "Task") -> list[str]:
     """Every problem with the settings; each names the option, its value and what was expected."""
     rules = []
     for option in dataclasses.fields(config):
@@ -92,7 +91,9 @@ def check_config(config: Config) -> list[str]:
             rules.append((option.name, ok, f"{'above 0' if low is None else f'at least {low}'}, below {high or 'inf'}"))
     tp, samples = config.gpus_per_engine, config.prompts_per_step * config.group_size
     shares = max(1, config.gpus * config.updates_per_step)
-    rules += [("max_new_tokens", config.max_new_tokens < config.context_length, "fewer than --context-length"),
+    longest = max(len(prompt) for prompt, _ in task.problems) + config.max_new_tokens
+    rules += [("context_length", longest <= config.context_length, f"at least {longest}, for prompt and answer"),
+              ("model", (size := len(task.tokenizer)) <= task.vocab_size, f"an embedding of {size} tokens or more"),
               ("gpus_per_engine", tp == 1 or config.device == "cuda" or config.dry_run, "1 on a CPU"),
               ("gpus", tp < 1 or config.gpus % tp == 0 < config.gpus, f"a multiple of --gpus-per-engine, {tp}"),
               ("prompts_per_step", samples % shares == 0, f"prompts x --group-size ({samples}) to divide by GPUs x "
@@ -102,16 +103,13 @@ def check_config(config: Config) -> list[str]:
 
 
 # ---- 2. Devices: visible list -> local index -> engine plan (pure) --------------------------------------------------
-
 class PlacementError(ValueError):
     """GPUs cannot be mapped or placed as asked; the message says which, why, and what to do."""
 
 
 def visible_devices(value: str | None, device_count: int) -> list[str]:
-    """What a process sees under CUDA_VISIBLE_DEVICES=`value`, as tokens; None, unset, means all of `device_count`.
-
-    As in CUDA, the list ends before the first invalid entry. PlacementError if a device is named twice.
-    """
+    """What a process sees under CUDA_VISIBLE_DEVICES=`value`, as tokens; None, unset, means all of `device_count`. As
+    in CUDA, the list ends before the first invalid entry. PlacementError if a device is named twice."""
     if value is None:
         return [str(index) for index in range(device_count)]
     entries = [entry.strip() for entry in value.split(",")]
@@ -129,13 +127,9 @@ def visible_devices(value: str | None, device_count: int) -> list[str]:
 
 
 def local_gpu_index(gpu_id: int | str, visible: Sequence[str]) -> int:
-    """The position of Ray's `gpu_id` in the visible list, which is what torch and SGLang count by.
-
-    `gpu_id` is of `ray.get_gpu_ids()`: an int, digits, a GPU UUID or its prefix, a MIG name. PlacementError for one
-    that is ambiguous or not in the list, even where it would be a valid position.
-    """
-    token = str(gpu_id).strip()
-    token = str(int(token)) if re.fullmatch("[0-9]+", token) else token
+    """The position of Ray's `gpu_id` (an int, digits, a GPU UUID or its prefix, a MIG name) in the visible list; torch
+    and SGLang count so. PlacementError if it is ambiguous or not in the list, even where it is a valid position."""
+    token = re.sub(r"^0+(?=\d)", "", str(gpu_id).strip())
     positions = [index for index, entry in enumerate(visible) if _same_device(token, entry)]
     if len(positions) != 1:
         raise PlacementError(f"gpu_id={gpu_id!r} matches {len(positions)} entries of the list {list(visible)}; expected"
@@ -165,18 +159,15 @@ EnginePlacement = namedtuple("EnginePlacement", "engine bundles base_gpu_id node
 
 def plan_engines(bundles: Sequence[Bundle], gpus_per_engine: int) -> list[EnginePlacement]:
     """Cut the bundles, sorted by node and then by *local* index, into engines. (By physical id 1,0 would come wrong.)
-
-    Raises PlacementError where an engine would not get consecutive local indices on one node.
-    """
+    PlacementError where an engine would not get consecutive local indices on one node."""
     if gpus_per_engine < 1 or not bundles or len(bundles) % gpus_per_engine:
-        raise PlacementError(f"gpus_per_engine={gpus_per_engine} of {len(bundles)} bundles; expected whole engines. "
-                             "Ask for a multiple.")
+        raise PlacementError(f"{gpus_per_engine=}, {len(bundles)} bundles; expected whole engines. Ask for a multiple.")
     ordered = sorted(bundles, key=lambda b: (int(ipaddress.ip_address(b.node_ip)), b.node_id, b.local_index))
     engines = []
     for engine, start in enumerate(range(0, len(ordered), gpus_per_engine)):
         part = tuple(ordered[start : start + gpus_per_engine])
         local, node_ips = [bundle.local_index for bundle in part], [bundle.node_ip for bundle in part]
-        which = f"engine {engine} of gpus_per_engine={gpus_per_engine} would get the Ray ids {[b.gpu_id for b in part]}"
+        which = f"engine {engine} of {gpus_per_engine=} would get the Ray ids {[b.gpu_id for b in part]}"
         if len({bundle.node_id for bundle in part}) > 1:
             raise PlacementError(f"{which} on the nodes {node_ips}; expected one node. Choose gpus_per_engine so that "
                                  "it divides the number of GPUs taken on every node.")
@@ -190,13 +181,11 @@ def plan_engines(bundles: Sequence[Bundle], gpus_per_engine: int) -> list[Engine
 def get_base_gpu_id(engine: int, gpus_per_engine: int, gpus_per_node: int) -> int:
     """The loop-index formula, for where no bundle was probed; equals the plan only if all visible GPUs are taken."""
     if engine < 0 or gpus_per_engine < 1 or gpus_per_node < 1 or gpus_per_node % gpus_per_engine:
-        raise PlacementError(f"engine={engine}, gpus_per_engine={gpus_per_engine}, gpus_per_node={gpus_per_node}; "
-                             "expected gpus_per_engine to divide gpus_per_node. Choose one that does.")
+        raise PlacementError(f"{engine=}, {gpus_per_engine=}, {gpus_per_node=}; expected one that divides the node's")
     return engine * gpus_per_engine % gpus_per_node
 
 
 # ---- 3. Placement group: create, probe, show (Ray) ------------------------------------------------------------------
-
 # With this, Ray leaves CUDA_VISIBLE_DEVICES alone, and one local index means one device in every process of a node.
 ONE_LIST = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 ENGINE_SHARE, TRAINER_SHARE, PROBE_SHARE = 0.3, 0.6, 0.1  # of a bundle's GPU: Ray's bookkeeping, no limit on memory
@@ -223,20 +212,18 @@ def on_bundle(group: PlacementGroup, index: int, gpu_share: float) -> dict[str, 
     return dict(num_gpus=gpu_share, num_cpus=0, scheduling_strategy=strategy, runtime_env={"env_vars": ONE_LIST})
 
 
-class Probe:
-    """A short-lived actor in a bundle that reads which GPU Ray gave it."""
-
-    def read(self, index: int) -> Bundle:
-        (gpu_id,), node_id = ray.get_gpu_ids(), ray.get_runtime_context().get_node_id()
-        (node,) = (node for node in ray.nodes() if node["NodeID"] == node_id)
-        value, node_ip = os.environ.get("CUDA_VISIBLE_DEVICES"), node["NodeManagerAddress"]
-        device_count = torch.cuda.device_count() or int(node["Resources"]["GPU"])  # logical GPUs
-        visible = visible_devices(value, device_count)
-        if torch.cuda.is_available() and len(visible) != device_count:
-            raise PlacementError(f"CUDA_VISIBLE_DEVICES={value!r} reads as {len(visible)} devices, torch counts "
-                                 f"{device_count} on {node_ip}; expected the same. Name devices that the machine has.")
-        local_index = local_gpu_index(gpu_id, visible)
-        return Bundle(index, node_id, node_ip, gpu_id, local_index, read_device(local_index)["uuid"])
+def probe_bundle(index: int) -> Bundle:
+    """Runs in a bundle, and reads which GPU Ray gave it."""
+    (gpu_id,), node_id = ray.get_gpu_ids(), ray.get_runtime_context().get_node_id()
+    (node,) = (node for node in ray.nodes() if node["NodeID"] == node_id)
+    value, node_ip = os.environ.get("CUDA_VISIBLE_DEVICES"), node["NodeManagerAddress"]
+    device_count = torch.cuda.device_count() or int(node["Resources"]["GPU"])  # logical GPUs
+    visible = visible_devices(value, device_count)
+    if torch.cuda.is_available() and len(visible) != device_count:
+        raise PlacementError(f"CUDA_VISIBLE_DEVICES={value!r} reads as {len(visible)} devices, torch counts "
+                             f"{device_count} on {node_ip}; expected the same. Name devices that the machine has.")
+    local_index = local_gpu_index(gpu_id, visible)
+    return Bundle(index, node_id, node_ip, gpu_id, local_index, read_device(local_index)["uuid"])
 
 
 def read_device(local_index: int) -> dict[str, Any]:
@@ -247,47 +234,46 @@ def read_device(local_index: int) -> dict[str, Any]:
 
 def probe_bundles(group: PlacementGroup, timeout_s: float) -> list[Bundle]:
     """Read every bundle of a placement group, all at once; in the order of the bundles' indices."""
-    probes = [ray.remote(Probe).options(**on_bundle(group, i, PROBE_SHARE)).remote() for i in range(group.bundle_count)]
-    return wait_for([probe.read.remote(i) for i, probe in enumerate(probes)], timeout_s, "the bundles' probes")
+    probes = [ray.remote(**on_bundle(group, i, PROBE_SHARE))(probe_bundle).remote(i) for i in range(group.bundle_count)]
+    return wait_for(probes, timeout_s, "the bundles' probes")
 
 
-def wait_for(refs: list, timeout_s: float, what: str) -> list:
-    """`ray.get` with a limit; this file's own errors come out as themselves, without the trace of the remote call."""
-    try:
-        return ray.get(refs, timeout=timeout_s)
-    except ray.exceptions.GetTimeoutError as error:
-        raise TimeoutError(f"{what}: not done within {timeout_s:g} s; raise that limit if it is only slow.") from error
-    except ray.exceptions.RayTaskError as error:
-        own = isinstance(error.cause, (PlacementError, EngineError))
-        raise error.cause if own else RuntimeError(f"{what}: {error}") from error
+def wait_for(refs: list, timeout_s: float, what: str, others: Sequence[Any] = ()) -> list:
+    """`ray.get` with a limit; this file's own errors come out as themselves, without the trace of the remote call. The
+    death of an actor raises RayActorError within 5 s, also that of one of the `others`, which should be idle."""
+    deadline, pings = time.monotonic() + timeout_s, []
+    while True:
+        try:
+            return ray.get([*refs, *pings], timeout=max(0.0, min(5.0, deadline - time.monotonic())))[: len(refs)]
+        except ray.exceptions.GetTimeoutError as error:
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"{what}: not done within {timeout_s:g} s; raise that limit if slow") from error
+            pings = [actor.__ray_ready__.remote() for actor in others]
+        except ray.exceptions.RayTaskError as error:
+            own = isinstance(error.cause, (PlacementError, EngineError))
+            raise error.cause if own else RuntimeError(f"{what}: {error}") from error
 
 
 def placement_table(engines: Sequence[EnginePlacement]) -> str:
     """The mapping as text, a line a GPU."""
-    rows = [("bundle", "node", "Ray id", "local index", "UUID", "engine", "tp_rank", "base_gpu_id")]
-    rows += [(b.index, b.node_ip, repr(b.gpu_id), b.local_index, b.uuid, place.engine, tp_rank, place.base_gpu_id)
-             for place in engines for tp_rank, b in enumerate(place.bundles)]
-    widths = [max(len(str(cell)) for cell in column) + 2 for column in zip(*rows, strict=True)]
-    return "\n".join("".join(str(cell).ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(f"bundle {b.index} -> node {b.node_ip} -> Ray id {b.gpu_id!r} -> local index {b.local_index} -> "
+                     f"{b.uuid or 'no GPU'} -> engine {place.engine} tp_rank {tp_rank} base_gpu_id {place.base_gpu_id}"
+                     for place in engines for tp_rank, b in enumerate(place.bundles))
 
 
 # ---- 4. Engine: one Ray actor a SGLang engine, and what runs inside its scheduler processes -------------------------
-
 MEMORY_TAGS = ("kv_cache", "weights", "cuda_graph")  # SGLang's names for what can sleep
-ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's newer spelling goes first
-# How an engine treats the memory of its CUDA graphs: in the memory saver, to sleep with the rest? With the inputs of
-# captured all-reduces registered, or copied to a buffer that is shared anyway? torch's allocator settings; and why.
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # where both are set, torch reads the first
+# Are CUDA graphs in the memory saver, their all-reduces' inputs registered? torch's allocator settings, and why.
 GraphPool = namedtuple("GraphPool", "in_saver register_inputs alloc_conf why")
 Sample = namedtuple("Sample", "prompt_ids response_ids logprobs weight_version")  # one logprob a response token, nats
 ENGINE_FAULTS = (  # in an engine's log, and what they mean; the first two were taken for one and the same fault
-    (r"custom_all_reduce\.cuh:\d+: CUDA error: invalid argument",
-     "cause: a captured all-reduce registers memory that CUDA IPC cannot export; the device mapping is right\n"
-     "remedy: as plan_graph_pool: register no graphs of the memory saver, take out expandable_segments"),
-    (r"CUDA error: invalid device ordinal",
-     "cause: base_gpu_id is no index into the visible list, but maybe a physical id\n"
-     "remedy: use plan_engines, and compare --dry-run with CUDA_VISIBLE_DEVICES"),
-    (r"CUDA out of memory|Not enough memory|memory capacity is unbalanced",
-     "cause: the GPU lacks the memory asked for\nremedy: lower --mem-fraction, or end what else runs there"))
+    (r"custom_all_reduce\.cuh:\d+: CUDA error: invalid argument", """
+  cause: a captured all-reduce registers memory that CUDA IPC cannot export; the device mapping is right
+  remedy: as plan_graph_pool: register no graphs of the memory saver, take out expandable_segments"""),
+    (r"CUDA error: invalid device ordinal", """
+  cause: base_gpu_id is no index into the visible list, but maybe a physical id
+  remedy: use plan_engines, and compare --dry-run with CUDA_VISIBLE_DEVICES"""))
 
 
 class EngineError(RuntimeError):
@@ -300,14 +286,13 @@ class EngineLogReport(NamedTuple):  # what an engine's log says of its start
     registered: int | None  # inputs of captured all-reduces that were registered; None: SGLang said nothing
     replayed: bool  # a decode batch ran with a graph
     errors: list[str]  # all error lines
-    error: str  # the last one whose cause is known, or else the last one, or ""
-    help: str  # its cause and remedy, where they are known
+    fault: str  # the last of them that is known, with its cause and remedy, or else the last one, or ""
 
     def __str__(self) -> str:
         inputs = "0 (messages too small to show the fault)" if self.registered == 0 else self.registered or "no"
         sizes = {rank: f"{len(sizes)} up to batches of {max(sizes)}" for rank, sizes in self.graphs.items()}
         works = f"all-reduce {self.all_reduce}, {inputs} inputs registered, CUDA graphs by rank: {sizes or 'none'}"
-        return "\n  ".join([self.error, *self.help.splitlines()]) if self.error and not self.graphs else works
+        return self.fault if self.fault and not self.graphs else works
 
 
 def parse_engine_log(text: str) -> EngineLogReport:
@@ -318,25 +303,21 @@ def parse_engine_log(text: str) -> EngineLogReport:
     ranks = re.findall(r"(?im)^\[[^]]*?(?:TP(\d+))?\] capture .*graph end", text)
     lines = r"^.*(?:\b\w*(?:Error|Exception)\b.*: \S|crashed with exit code|check_weights see error).*$|^\w+Error$"
     errors = [line.strip() for line in re.findall(lines, text, re.M)]
-    known = [(line, help) for line in errors for pattern, help in ENGINE_FAULTS if re.search(pattern, line)]
-    error, help = (known or [(line, "") for line in errors] or [("", "")])[-1]
+    known = [line + help for line in errors for pattern, help in ENGINE_FAULTS if re.search(pattern, line)]
     return EngineLogReport("v2" if v2 else "v1" if registered else None,
                            {int(rank or 0): json.loads(sizes[1]) for rank in sorted(ranks) if sizes},
-                           int(registered[1]) if registered else None, "cuda graph: True" in text, errors, error, help)
+                           int(registered[1]) if registered else None, "cuda graph: True" in text, errors,
+                           (known or errors or [""])[-1])
 
 
 def plan_graph_pool(version: str, memory_saver: bool, tp_size: int, alloc_conf: str, prefer: str) -> GraphPool:
-    """Where CUDA graphs keep their memory, "saver" or "resident" as preferred, so that their capture cannot fail.
-
-    All-reduce v2 (SGLang 0.5.12 on) registers the inputs of captured all-reduces through CUDA IPC, which refuses memory
-    of CUDA's virtual-memory API; the memory saver and expandable segments are built on that.
-    """
+    """Where CUDA graphs keep their memory, "saver" or "resident" as preferred, so that capture cannot fail: all-reduce
+    v2 registers its inputs through CUDA IPC, which refuses memory of the memory saver and of expandable segments."""
     handled = tuple(map(int, re.findall(r"\d+", version)[:3])) >= (0, 5, 15)  # by SGLang itself
     in_saver = memory_saver and prefer == "saver"
     register_inputs = not in_saver or handled or tp_size == 1
     why = f"SGLang {version}, TP={tp_size}: CUDA graphs {'in' if in_saver else 'outside'} the memory saver"
-    if not register_inputs:
-        why += ", the inputs of their all-reduces not registered: CUDA IPC would refuse that"
+    why += "" if register_inputs else ", the inputs of their all-reduces not registered: CUDA IPC would refuse that"
     if "expandable_segments:True" in alloc_conf and (memory_saver or tp_size > 1 and not handled):
         alloc_conf = ",".join(part for part in alloc_conf.split(",") if "expandable_segments" not in part)
         why += "; WARNING: expandable_segments taken out for the engine: the memory saver and CUDA IPC refuse them"
@@ -377,7 +358,7 @@ def run_scheduler(register_inputs: bool, server_args: Any, port_args: Any, gpu_i
 def draw_with_seeds(logprobs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """One draw from each row's distribution by inverting its cumulative sum; [B, V], [B], [B] -> [B, 1]."""
     pairs = zip(seeds.tolist(), positions.tolist(), strict=True)
-    uniform = torch.tensor([[random.Random(f"{seed}/{position}").random()] for seed, position in pairs])  # [B, 1]
+    uniform = torch.tensor([[random.Random(f"{seed}/{at}").random()] for seed, at in pairs])  # [B, 1]
     cumulative = logprobs.exp().cumsum(dim=-1)
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).clamp(max=logprobs.shape[1] - 1)
 
@@ -394,14 +375,6 @@ def prepare_cpu_engine() -> None:
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 
 
-def reserve_port() -> tuple[int, socket.socket]:
-    """A free TCP port, and the socket that holds it: keep both. A server that is told the number can listen on it."""
-    holder = socket.socket()
-    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    holder.bind(("", 0))
-    return holder.getsockname()[1], holder
-
-
 def log_to(path: str) -> None:
     """What this process and its children print goes to a file from now on."""
     with open(path, "ab") as file:
@@ -410,7 +383,7 @@ def log_to(path: str) -> None:
 
 
 def engine_args(config: Config, placement: EnginePlacement, model: str) -> dict[str, Any]:
-    """The arguments of `sglang.Engine`, but for its port."""
+    """The arguments of `sglang.Engine`."""
     args = dict(model_path=model, trust_remote_code=config.trust_remote_code, context_length=config.context_length,
                 base_gpu_id=placement.base_gpu_id, tp_size=len(placement.bundles), random_seed=config.seed,
                 skip_tokenizer_init=True, log_level="info", device=config.device, weight_version="0",
@@ -424,10 +397,7 @@ def engine_args(config: Config, placement: EnginePlacement, model: str) -> dict[
 
 
 class Engine:
-    """A Ray actor around one in-process SGLang engine; it dies with any of SGLang's processes.
-
-    Calls queue up, so that no sleep meets a request in flight.
-    """
+    """A Ray actor with an in-process SGLang engine. It dies with any of SGLang's processes; its calls queue up."""
 
     def __init__(self, log: str, placement: EnginePlacement):
         self.name = f"engine {placement.engine} (base_gpu_id {placement.base_gpu_id} on {placement.node_ip})"
@@ -438,12 +408,12 @@ class Engine:
 
     def start(self, args: dict[str, Any], prefer: str = "resident", pool: GraphPool | None = None) -> list[dict]:
         """Start SGLang, with `pool` in place of the plan if given; returns each scheduler's reading, by tp_rank."""
-        port, self._port_holder = reserve_port()
-        alloc_conf = next(filter(None, (os.environ.pop(name, "") for name in ALLOCATOR_VARIABLES)), "")
+        alloc_conf = next(filter(None, [os.environ.pop(name, "") for name in ALLOCATOR_VARIABLES]), "")
         pool = pool or plan_graph_pool(importlib.metadata.version("sglang"), args.get("enable_memory_saver", False),
                                        args["tp_size"], alloc_conf, prefer)
-        os.environ |= {"SGLANG_MEMORY_SAVER_CUDA_GRAPH": str(pool.in_saver).lower()}
-        os.environ |= {ALLOCATOR_VARIABLES[1]: pool.alloc_conf} if pool.alloc_conf else {}
+        os.environ |= {"SGLANG_MEMORY_SAVER_CUDA_GRAPH": str(pool.in_saver).lower(),
+                       "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{self.log}.rendezvous"}  # needs no port
+        os.environ |= {ALLOCATOR_VARIABLES[0]: pool.alloc_conf} if pool.alloc_conf else {}
         print(pool.why, flush=True)
         try:
             if args["device"] == "cpu":
@@ -457,19 +427,17 @@ class Engine:
             from sglang.srt.entrypoints.engine import Engine as SGLangEngine
             from sglang.srt.server_args import ServerArgs
             # The memory saver does not know CUDA graphs of the prefill; SGLang 0.5.14 renamed the switch.
-            prefill = "prefill" if hasattr(ServerArgs, "disable_prefill_cuda_graph") else "piecewise"
+            prefill, older = "disable_prefill_cuda_graph", "disable_piecewise_cuda_graph"
             SGLangEngine.run_scheduler_process_func = staticmethod(partial(run_scheduler, pool.register_inputs))
             # A scheduler reports its death by SIGQUIT, at which SGLang would kill this actor and all that it knows.
-            args |= {f"disable_{prefill}_cuda_graph": True, "custom_sigquit_handler": signal.SIG_IGN}
-            self.engine = SGLangEngine(**args, nccl_port=port)
+            args |= {prefill if hasattr(ServerArgs, prefill) else older: True, "custom_sigquit_handler": signal.SIG_IGN}
+            self.engine = SGLangEngine(**args)
         except Exception as error:
-            raise EngineError(f"{self.name} did not start ({error}): {self.report()}\n  log: {self.log}") from error
-        self.engine.flush_cache()  # with its first request SGLang sets a handler, which acts in the next one only:
-        signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # a process that died ends this actor, and at once
+            report = parse_engine_log(Path(self.log).read_text(errors="replace"))
+            raise EngineError(f"{self.name} did not start ({error}): {report}\n  log: {self.log}") from error
+        self.engine.flush_cache()  # SGLang's handler, set with this first request, acts only while a request runs;
+        signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # the default ends this actor with any of its processes, at once
         return [info["reading"] for info in self.engine._scheduler_init_result.scheduler_infos]
-
-    def report(self) -> EngineLogReport:
-        return parse_engine_log(Path(self.log).read_text(errors="replace"))
 
     def memory_used(self) -> list[float]:
         """GiB in use on each of the engine's GPUs, by whomever, as nvidia-smi counts it; takes no CUDA context."""
@@ -496,24 +464,22 @@ class Engine:
 
     def update_weights(self, handles: list[bytes], version: str) -> None:
         """Load all weights; `handles[r]`, for tp_rank r, names memory on its GPU and is opened exactly once."""
-        from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
         # The KV cache is from older weights, so it is flushed; one that sleeps was flushed on its way down.
-        self._ask("update_weights_from_tensor", UpdateWeightsFromTensorReqInput(
-            serialized_named_tensors=handles, load_format="flattened_bucket", weight_version=version,
-            flush_cache="kv_cache" not in self._asleep))
+        self._ask("update_weights_from_tensor", "UpdateWeightsFromTensorReqInput", serialized_named_tensors=handles,
+                  load_format="flattened_bucket", weight_version=version, flush_cache="kv_cache" not in self._asleep)
 
     def check_weights(self, action: str) -> None:
         """SGLang's checker: "snapshot" keeps the weights, "reset_tensors" spoils them, "compare" wants them equal."""
-        from sglang.srt.managers.io_struct import CheckWeightsReqInput
-        self._ask("check_weights", CheckWeightsReqInput(action=action))
+        self._ask("check_weights", "CheckWeightsReqInput", action=action)
 
     def shutdown(self) -> None:
         """End SGLang's processes; nothing can be asked of this actor any more."""
         self.engine.shutdown()
 
-    def _ask(self, method: str, request: Any) -> None:
+    def _ask(self, method: str, request: str, **fields: Any) -> None:
+        from sglang.srt.managers import io_struct
         self._expect(method, awake=["weights"])
-        reply = getattr(self.engine.tokenizer_manager, method)(request)
+        reply = getattr(self.engine.tokenizer_manager, method)(getattr(io_struct, request)(**fields))
         success, message, *_ = self.engine.loop.run_until_complete(reply)
         if not success:
             raise EngineError(f"{self.name}: {method} failed: {message}")
@@ -526,7 +492,6 @@ class Engine:
 
 
 # ---- 5. Trainer: one Ray actor a GPU; FSDP2; offload and onload; weights out ----------------------------------------
-
 class Trainer:
     """A Ray actor on one GPU: the policy and its optimizer, sharded over all ranks."""
 
@@ -540,8 +505,8 @@ class Trainer:
         self.backend = torch.get_device_module(self.device)  # torch.cuda or torch.cpu
         self._host: list[torch.Tensor] = []  # what offload moved, in the order of _storages
 
-    def start(self, rendezvous: str, world_size: int, model: str) -> dict[str, Any]:
-        """Join the process group, by a file that all ranks see, and load the model; returns what this process sees."""
+    def start(self, rendezvous: str, world_size: int, model: str, resume: bool = False) -> dict[str, Any]:
+        """Join the process group, by a file that all ranks see, and load the model; to `resume`, the optimizer, too."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         from transformers import AutoModelForCausalLM
         self.backend.set_device(self.device)
@@ -549,64 +514,58 @@ class Trainer:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))  # Ray sets 1
         dist.init_process_group("nccl" if self.on_gpu else "gloo", init_method=f"file://{rendezvous}", rank=self.rank,
                                 world_size=world_size, timeout=timedelta(seconds=self.config.timeout))
-        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if self.on_gpu else MixedPrecisionPolicy()
         mesh = dist.init_device_mesh(self.device.type, (world_size,))
-        shard = dict(mesh=mesh, mp_policy=precision, reshard_after_forward=True)
-
-        def load() -> torch.nn.Module:
-            trust = self.config.trust_remote_code
-            network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=trust)
-            for module in network.modules():  # moved to the device shard by shard
-                if type(module).__name__ in (network._no_split_modules or ()):  # one decoder layer
-                    fully_shard(module, **shard)
-            return fully_shard(network, **shard)
-
-        self.model = load()
-        self.reference = load().requires_grad_(False) if self.config.kl_coef else None
+        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if self.on_gpu else MixedPrecisionPolicy()
+        self.model = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, trust_remote_code=self.config.trust_remote_code)
+        layers = [m for m in self.model.modules() if type(m).__name__ in (self.model._no_split_modules or ())]
+        for module in (*layers, self.model):  # moved to the device shard by shard
+            fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate, weight_decay=0.0)
+        if resume:
+            state = torch.load(f"{model}/optimizer.pt", weights_only=True)
+            set_optimizer_state_dict(self.model, self.optimizer, state, options=StateDictOptions(full_state_dict=True))
+            self.optimizer.param_groups[0]["lr"] = self.config.learning_rate  # a resumed run may have another
         device = next(self.model.parameters()).to_local().device  # in use, not as told
         return {"rank": self.rank, **read_device(self.bundle.local_index if device.index is None else device.index)}
 
     def train(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
-        """One optimizer step for each share of the rows; every rank gets all rows and works on its own."""
-        config, ranks, metrics = self.config, dist.get_world_size(), {"loss": 0.0}
+        """One optimizer step for each share of the rows; none from a "bad" tensor on, the first that is not finite."""
+        config, ranks, metrics = self.config, dist.get_world_size(), {"loss": 0.0, "bad": first_bad(batch)}
         rows = torch.arange(len(batch["tokens"])).view(config.updates_per_step, ranks, -1)  # [B] -> [updates, ranks, b]
         totals = [batch["mask"][share.flatten()].sum().item() for share in rows]  # tokens of all ranks
         parts = [{name: column[share[self.rank]].to(self.device) for name, column in batch.items()} for share in rows]
         with torch.no_grad():
             for part in parts:
-                old = part["old_logprobs"] = self._logprobs(self.model, part["tokens"])
-                part["ref_logprobs"] = self._logprobs(self.reference, part["tokens"]) if self.reference else old
+                part["old_logprobs"] = torch.cat([*map(self._logprobs, part["tokens"].split(config.micro_batch))])
         difference = torch.cat([(p["old_logprobs"] - p["rollout_logprobs"]).abs()[p["mask"] > 0] for p in parts])
         metrics |= {"difference_max": difference.max().item(), "difference_mean": difference.sum().item() / sum(totals)}
         for part, total in zip(parts, totals, strict=True):
             for micro in torch.arange(len(part["tokens"])).split(config.micro_batch):
                 columns = {name: column[micro] for name, column in part.items()}
-                logprobs = self._logprobs(self.model, columns.pop("tokens"))
-                loss = grpo_loss(logprobs, **columns, num_tokens=total, kl_coef=config.kl_coef, importance_cap=2.0)
+                logprobs = self._logprobs(columns.pop("tokens"))
+                loss = grpo_loss(logprobs, **columns, num_tokens=total, importance_cap=2.0)
                 (loss * ranks).backward()  # FSDP averages over ranks; the loss is a share of a sum
                 metrics["loss"] += loss.item() / len(parts)
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=1.0)
             metrics["grad_norm"] = norm.full_tensor().item()
-            self.optimizer.step()
+            if not math.isfinite(metrics["grad_norm"]):
+                metrics["bad"] = metrics["bad"] or first_bad(part) or "gradient"
+            if not metrics["bad"]:
+                self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        if self.on_gpu:
-            torch.cuda.empty_cache()  # the engine wakes next
+        torch.cuda.empty_cache()  # the engine wakes next; without a GPU nothing happens
         return metrics
 
-    def _logprobs(self, model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    def _logprobs(self, tokens: torch.Tensor) -> torch.Tensor:
         """Log-probability of each next token, [B, T] -> [B, T-1]; with padding on the right, causality masks it."""
-        rows = []
-        for part in tokens.split(self.config.micro_batch):
-            logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()  # [b, T-1, V]
-            rows.append(token_logprobs(logits / self.config.temperature, part[:, 1:]))
-        return torch.cat(rows)
+        logits = self.model(input_ids=tokens, use_cache=False).logits[:, :-1].float()  # [B, T-1, V]
+        return token_logprobs(logits / self.config.temperature, tokens[:, 1:])
 
     def _storages(self) -> list[torch.UntypedStorage]:
         """All that this rank keeps on its device between steps."""
-        weights = [*self.model.parameters(), *(self.reference.parameters() if self.reference else ())]
         moments = [state[name] for state in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-        return [tensor.to_local().untyped_storage() for tensor in (*weights, *moments)]
+        return [tensor.to_local().untyped_storage() for tensor in (*self.model.parameters(), *moments)]
 
     def offload(self) -> None:
         """Copy weights and optimizer state to pinned host memory, kept for the whole run, and free the device's."""
@@ -637,25 +596,28 @@ class Trainer:
         if self.on_gpu:
             monkey_patch_torch_reductions()  # the handle names its device by UUID
         torch.multiprocessing.set_sharing_strategy("file_system")  # on a CPU: by name, for the reader is no child
-        bucket = FlattenedTensorBucket(list(self._gathered()))  # tied weights come once
+        dtype = torch.bfloat16 if self.on_gpu else torch.float32
+        bucket = FlattenedTensorBucket([(name, parameter.detach().to(dtype).full_tensor())
+                                        for name, parameter in self.model.named_parameters()])  # tied weights come once
         self._sent = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
         self.backend.synchronize()  # the reader, in another process, does not wait for this stream
         return MultiprocessingSerializer.serialize(self._sent)
 
-    def _gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self.model.named_parameters():
-            yield name, parameter.detach().to(torch.bfloat16 if self.on_gpu else torch.float32).full_tensor()
-
     def save(self, folder: str) -> None:
-        """All ranks at once: gather the weights; rank 0 writes them as safetensors."""
-        from safetensors.torch import save_file
-        tensors = {name: tensor.cpu() for name, tensor in self._gathered() if self.rank == 0}  # the rest only take part
+        """All ranks at once: gather weights and optimizer state in fp32; rank 0 writes what `start` can load."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights, state = get_state_dict(self.model, self.optimizer, options=options)
         if self.rank == 0:
-            save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})
+            self.model.save_pretrained(folder, state_dict=weights)  # safetensors
+            torch.save(state, f"{folder}/optimizer.pt")
+
+
+def first_bad(tensors: dict[str, torch.Tensor]) -> str | None:
+    """The name of the first that holds a NaN or an infinity."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
 # ---- 6. GRPO (pure) -------------------------------------------------------------------------------------------------
-
 def group_advantages(rewards: torch.Tensor, scale: bool = True) -> torch.Tensor:
     """Advantages of G responses to each of P prompts, [P, G] -> [P, G] (DeepSeekMath, section 4.1); exact zeros for a
     group of equal rewards. `scale=False` does not divide by the deviation (arXiv:2503.20783)."""
@@ -677,12 +639,11 @@ def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: to
     """The clipped policy-gradient loss, a scalar: the sum over response tokens divided by `num_tokens`.
 
     Log-probabilities are [B, T] in nats: of the policy that learns, with gradient; `old`, the trainer's before the
-    first update on this batch; `ref`, the reference's; `rollout`, the engine's. advantages: [B] or [B, T]. mask:
-    [B, T], 1 for response tokens. num_tokens: those of the whole batch, over micro-batches and ranks, so that their
-    losses sum up to the mean over tokens (DAPO, equation 8); by default those of `mask`. The ratio counts within
-    [1 - clip_low, 1 + clip_high] (DAPO, section 3.1). kl_coef weighs the k3 estimate of KL(policy || reference)
-    (joschu.net/blog/kl-approx.html). With importance_cap, tokens weigh min(old / rollout, cap).
-    """
+    first update on this batch; `ref`, the reference's; `rollout`, the engine's. advantages: [B] or [B, T]. mask [B, T]:
+    1 for response tokens. num_tokens: of the whole batch, over micro-batches and ranks, so that their losses sum up to
+    the mean over tokens (DAPO, equation 8). The ratio counts within [1 - clip_low, 1 + clip_high] (DAPO, section 3.1).
+    kl_coef weighs the k3 estimate of KL(policy || reference) (joschu.net/blog/kl-approx.html). With importance_cap,
+    tokens weigh min(old / rollout, cap)."""
     advantages = advantages.unsqueeze(-1) if advantages.dim() == 1 else advantages  # [B] -> [B, 1]
     padding = mask == 0  # whatever stands there, even an infinity, must not reach the loss or its gradient
     ratio = torch.exp((logprobs - old_logprobs).masked_fill(padding, 0.0))
@@ -697,62 +658,62 @@ def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: to
 
 
 # ---- 7. Task: prompts, reward, the tiny model -----------------------------------------------------------------------
-
 # What to learn: prompts (token ids) with their answers, the first 64 held out; (text, answer) -> reward in [0, 1].
-Task = namedtuple("Task", "tokenizer problems verify")
-SHAPES = {  # hidden size, MLP size, layers, heads, KV heads, head size: a toy's, and Qwen3-0.6B's
-    "tiny": (64, 128, 2, 4, 2, 16), "0.6B": (1024, 3072, 28, 16, 8, 128)}
-def echo_task(config: Config, folder: Path) -> Task:
-    """A Qwen3 from random weights, written to `folder`, learns to answer "472=" with its first digit, repeated."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+Task = namedtuple("Task", "tokenizer vocab_size problems verify")
+SHAPES = {"tiny": (64, 128, 2, 4, 2, 16), "0.6B": (1024, 3072, 28, 16, 8, 128)}  # named in write_random_model
+
+
+def echo_task(config: Config) -> Task:
+    """To answer "472=" with its first digit, repeated."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
     vocabulary = {token: index for index, token in enumerate(("<pad>", "<eos>", "=", *"0123456789"))}
-    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    characters.pre_tokenizer, characters.decoder = pre_tokenizers.Split(Regex("."), "isolated"), decoders.Fuse()
+    characters = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<pad>"))
+    characters.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
-    tokenizer.save_pretrained(folder)
+    problems = [(tokenizer.encode(f"{n:03d}="), f"{n:03d}"[0] * config.max_new_tokens) for n in range(1000)]
+    random.Random(0).shuffle(problems)
+    return Task(tokenizer, 16, problems, lambda text, answer: sum(map(str.__eq__, text, answer)) / len(answer))
+
+
+def write_random_model(config: Config, folder: Path) -> None:
+    """A Qwen3 from random weights, for echo_task."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
     torch.manual_seed(config.seed)
     hidden, mlp, layers, heads, kv_heads, head_dim = SHAPES[config.shape]
     Qwen3ForCausalLM(Qwen3Config(
         hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads, eos_token_id=1,
         num_key_value_heads=kv_heads, head_dim=head_dim, vocab_size=16, max_position_embeddings=4096, pad_token_id=0,
         tie_word_embeddings=True, initializer_range=0.06 if hidden == 64 else 0.02)).save_pretrained(folder)
-    problems = [(tokenizer.encode(f"{n:03d}="), f"{n:03d}"[0] * config.max_new_tokens) for n in range(1000)]
-    random.Random(0).shuffle(problems)
-    return Task(tokenizer, problems, lambda text, answer: sum(map(str.__eq__, text, answer)) / len(answer))
 
 
-def sums_task(config: Config, folder: Path) -> Task:
+def sums_task(config: Config) -> Task:
     """Sums of two-digit numbers for a pretrained model, in its own chat template; the last number it says counts."""
     from transformers import AutoConfig, AutoTokenizer
     source = dict(pretrained_model_name_or_path=config.model, trust_remote_code=config.trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    for part in (tokenizer, AutoConfig.from_pretrained(**source)):
-        part.save_pretrained(folder)  # where the trained weights join them
-
-    def encode(question: str) -> list[int]:
-        if not tokenizer.chat_template:
-            return tokenizer.encode(question)
-        chat = [{"role": "user", "content": question}]
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, enable_thinking=False)
-
+    tokenizer, vocab_size = AutoTokenizer.from_pretrained(**source), AutoConfig.from_pretrained(**source).vocab_size
     pairs = random.Random(0).sample([(a, b) for a in range(10, 100) for b in range(10, 100)], 2000)
-    problems = [(encode(f"What is {a} + {b}? Answer with the number only."), str(a + b)) for a, b in pairs]
-    return Task(tokenizer, problems, lambda text, answer: float(re.findall(r"\d+", text)[-1:] == [answer]))
+    chats = [[{"role": "user", "content": f"What is {a} + {b}? Answer with the number only."}] for a, b in pairs]
+    prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False, enable_thinking=False)
+    problems = [(prompt, str(a + b)) for prompt, (a, b) in zip(prompts, pairs, strict=True)]
+    return Task(tokenizer, vocab_size, problems, lambda text, answer: float(re.findall(r"\d+", text)[-1:] == [answer]))
 
 
 # ---- 8. Loop: phases, metrics ----------------------------------------------------------------------------------------
-
 class Loop:
     """Engines and trainers that share the GPUs of a plan, and the phases of a step."""
 
-    def __init__(self, config: Config, folder: Path, group: PlacementGroup, plan: list[EnginePlacement]):
-        self.config, self.folder, self.plan, self.version = config, folder, plan, 0
+    def __init__(self, config: Config, task: Task, folder: Path, group: PlacementGroup, plan: list[EnginePlacement]):
+        self.config, self.task, self.folder, self.plan, self.version = config, task, folder, plan, 0
         self.seconds, self.used = {}, {}  # by phase: its time, and the GiB used after it on each GPU, rank by rank
+        self.logs: dict[Any, Path] = {}  # by actor
 
         def actor(kind: type, number: int, bundle: Bundle, share: float, *args: Any) -> Any:
-            log = str(folder / f"{kind.__name__.lower()}{number}.log")
-            return ray.remote(kind).options(**on_bundle(group, bundle.index, share)).remote(log, *args)
+            log = folder / f"{kind.__name__.lower()}{number}.log"
+            handle = ray.remote(kind).options(**on_bundle(group, bundle.index, share)).remote(str(log), *args)
+            log.touch()
+            self.logs[handle] = log
+            return handle
 
         bundles = [bundle for place in plan for bundle in place.bundles]  # rank by rank
         self.engines = [actor(Engine, i, place.bundles[0], ENGINE_SHARE, place) for i, place in enumerate(plan)]
@@ -762,29 +723,27 @@ class Loop:
         """Call a method of all actors at once, with common arguments or each with its own, and wait for all."""
         calls = [getattr(actor, method).remote(*(own[i] if own else common)) for i, actor in enumerate(actors)]
         try:
-            return wait_for(calls, self.config.timeout, method)
+            return wait_for(calls, self.config.timeout, method, [actor for actor in self.logs if actor not in actors])
         except ray.exceptions.RayActorError as error:
-            dead = [actor._actor_id.hex() for actor in actors].index(error.actor_id)
-            log = self.folder / f"{'engine' if actors[0] in self.engines else 'trainer'}{dead}.log"
-            cause = parse_engine_log(log.read_text(errors="replace") if log.exists() else "").error or "nothing logged"
-            raise EngineError(f"{log.stem} died in {method}: {cause}\n  log: {log}") from error
+            dead = next(actor for actor in self.logs if actor._actor_id.hex() == error.actor_id)
+            ((name, report),) = self.read_logs([dead]).items()
+            raise EngineError(f"{name} died in {method}: {report.fault or error}\n  log: {self.logs[dead]}") from error
 
-    def start(self, task: Task, model: str) -> None:
+    def read_logs(self, actors: Sequence[Any]) -> dict[str, EngineLogReport]:
+        return {self.logs[a].stem: parse_engine_log(self.logs[a].read_text(errors="replace")) for a in actors}
+
+    def start(self, model: str, resume: bool) -> None:
         """Start and check everything; ends with the trainers offloaded and the engines awake."""
-        self.task = task
-        self.timed("before", list)
+        self.timed("before", list)  # only reads the memory
         # The engines first: they size their KV cache by what is free on the GPU.
-        args = [(engine_args(self.config, placement, model), self.config.graph_pool) for placement in self.plan]
+        args = [(engine_args(self.config, place, model), self.config.graph_pool) for place in self.plan]
         self.schedulers = sum(self.each(self.engines, "start", own=args), [])
-        self.reports = [f"engine {i}: {report}" for i, report in enumerate(self.each(self.engines, "report"))]
-        print(*self.reports, sep="\n", flush=True)
+        print(*(f"{name}: {report}" for name, report in self.read_logs(self.engines).items()), sep="\n", flush=True)
         self.each(self.engines, "check_weights", "snapshot")
-        self.heldout_before = self.score_heldout()
         self.timed("asleep", self.each, self.engines, "sleep")
-        readings = self.each(self.trainers, "start", str(self.folder / "rendezvous"), len(self.trainers), model)
+        readings = self.each(self.trainers, "start", str(self.folder / "rendezvous"), len(self.trainers), model, resume)
         self.devices = check_same_device(readings, self.schedulers)
-        # The sync, checked exactly: overwritten with noise and sent by the trainer, the weights must be those that the
-        # engine had loaded from the same file. SGLang compares on GPUs only; elsewhere log-probabilities must do.
+        # Overwritten with noise and sent by the trainer, weights must be those loaded from disk; only GPUs can compare.
         self.each(self.engines, "wake", ["weights"])
         self.each(self.engines, "check_weights", "reset_tensors")
         self.sync_weights()
@@ -804,29 +763,31 @@ class Loop:
 
     def step(self, step: int) -> dict[str, Any]:
         config, self.seconds, self.used = self.config, {}, {}
+        metrics = {"step": step} if step else {"step": step, "heldout_reward_before": self.score_heldout()}
         problems = random.Random(f"{config.seed}/{step}").sample(self.task.problems[64:], config.prompts_per_step)
         group = [problem for problem in problems for _ in range(config.group_size)]  # [P] -> [P*G]
         seeds = random.Random(f"{config.seed}/{step}/sampling")
         sampling = [dict(sampling_seed=seeds.getrandbits(31), temperature=config.temperature) for _ in group]
-        samples = self.timed("generate", self.ask_engines, group, sampling)
-        rewards = self.rewards(group, samples).view(-1, config.group_size)  # [P*G] -> [P, G]
-        advantages = group_advantages(rewards).flatten()  # [P, G] -> [P*G]
+        samples, rewards = self.timed("generate", self.ask_engines, group, sampling)
+        advantages = group_advantages(rewards.view(-1, config.group_size)).flatten()  # [P*G] -> [P, G] -> [P*G]
         self.timed("sleep", self.each, self.engines, "sleep")
         self.timed("onload", self.each, self.trainers, "onload")
-        trained = self.timed("train", self.train, make_batch(samples, advantages))
+        bad = first_bad({"rewards": rewards})
+        trained = {"skipped": bad} if bad else self.timed("train", self.train, make_batch(samples, advantages))
         self.timed("wake_weights", self.each, self.engines, "wake", ["weights"])
         self.timed("sync", self.sync_weights)
+        if due := (step + 1) % config.heldout_every == 0 or step + 1 == config.steps:
+            self.timed("checkpoint", self.each, self.trainers, "save", str(self.folder.parent / "unfinished"))
         self.timed("offload", self.each, self.trainers, "offload")
         self.timed("wake", self.each, self.engines, "wake", ["kv_cache", "cuda_graph"])
-        metrics = {"step": step, "reward": rewards.mean().item(),
-                   "tokens_per_second": sum(len(s.response_ids) for s in samples) / self.seconds["generate"]}
-        if (step + 1) % config.heldout_every == 0 or step + 1 == config.steps:
-            metrics["heldout_reward"] = self.score_heldout()
+        metrics |= {"reward": rewards.mean().item(),
+                    "tokens_per_second": sum(len(s.response_ids) for s in samples) / self.seconds["generate"]}
+        metrics |= {"heldout_reward": self.score_heldout()} if due else {}
         return (metrics | trained | {f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()}
                 | {f"gib_{phase}": used for phase, used in self.used.items()})
 
-    def ask_engines(self, problems: Sequence[tuple], sampling: list[dict[str, Any]]) -> list[Sample]:
-        """Deal the problems' prompts out to the engines in equal shares; answers come in the same order."""
+    def ask_engines(self, problems: Sequence[tuple], sampling: list[dict]) -> tuple[list[Sample], torch.Tensor]:
+        """Deal the problems' prompts out to the engines in equal shares; answers and rewards come in the same order."""
         sampling = [params | {"max_new_tokens": self.config.max_new_tokens} for params in sampling]
         share = -(-len(problems) // len(self.engines))
         own = [([prompt for prompt, _ in problems[at : at + share]], sampling[at : at + share])
@@ -834,24 +795,22 @@ class Loop:
         samples = sum(self.each(self.engines[: len(own)], "generate", own=own), [])
         if stale := {sample.weight_version for sample in samples} - {str(self.version)}:
             raise EngineError(f"weight_version of samples is {stale}; expected {self.version}: a sync did not arrive")
-        return samples
-
-    def rewards(self, problems: Sequence[tuple], samples: list[Sample]) -> torch.Tensor:
         texts = [self.task.tokenizer.decode(sample.response_ids, skip_special_tokens=True) for sample in samples]
-        return torch.tensor([self.task.verify(text, answer) for text, (_, answer) in zip(texts, problems, strict=True)])
+        rewards = [self.task.verify(text, answer) for text, (_, answer) in zip(texts, problems, strict=True)]
+        return samples, torch.tensor(rewards)
 
     def score_heldout(self) -> float:
         """Mean reward of greedy answers to the held-out problems."""
-        heldout = self.task.problems[:64]
-        return self.rewards(heldout, self.ask_engines(heldout, [{"temperature": 0.0}] * len(heldout))).mean().item()
+        return self.ask_engines(self.task.problems[:64], [{"temperature": 0.0}] * 64)[1].mean().item()
 
     def train(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
         results = self.each(self.trainers, "train", ray.put(batch))
+        if bad := min((result["bad"] for result in results if result["bad"]), key="gradient".__eq__, default=None):
+            return {"skipped": bad}
         mean = sum(result["difference_mean"] for result in results)  # each is a share of it
-        limit = 0.02 if self.config.device == "cuda" else 1e-4  # bf16, or fp32
-        if not mean < limit:
-            raise EngineError(f"logprob_difference_mean is {mean:.2g} nats; expected below {limit} between rollout and "
-                              "trainer: what generates is not what is trained. Check the weight sync.")
+        if not mean < (limit := 0.02 if self.config.device == "cuda" else 1e-4):  # bf16, or fp32
+            raise FloatingPointError(f"logprob_difference_mean is {mean:.2g} nats; expected below {limit}: what "
+                                     "generates is not what is trained. Check the weight sync.")
         return {"loss": sum(r["loss"] for r in results), "grad_norm": results[0]["grad_norm"],
                 "logprob_difference_max": max(r["difference_max"] for r in results), "logprob_difference_mean": mean}
 
@@ -865,20 +824,21 @@ class Loop:
     def checklist(self, metrics: list[dict[str, Any]]) -> list[tuple[str, bool | None, str]]:
         """What this run has read of itself: (what, whether it is right or None if it cannot be read, the reading)."""
         tp, last, ranks = self.config.gpus_per_engine, metrics[-1], len(self.devices)
-        mean, most = (max(row[f"logprob_difference_{kind}"] for row in metrics) for kind in ("mean", "max"))
+        mean, most = (max((row.get(f"logprob_difference_{kind}", 0) for row in metrics)) for kind in ("mean", "max"))
+        before, after = metrics[0]["heldout_reward_before"], last["heldout_reward"]
         lines = [
             ("server started", True, f"{len(self.plan)} engine(s) of TP={tp}"),
             ("weight version", True, f"that of the last sync in every sample; {self.version} syncs acknowledged"),
             ("rollout and trainer agree", True, f"log-probabilities differ by {mean:.2g} nats, at most {most:.2g}"),
-            ("training steps", len(metrics) == self.config.steps, f"{len(metrics)} of {self.config.steps}"),
-            ("held-out reward", last["heldout_reward"] > self.heldout_before,
-             f"{self.heldout_before:.3f} -> {last['heldout_reward']:.3f}")]
+            ("training steps", not (skipped := sum("skipped" in row for row in metrics)) and
+             len(metrics) == self.config.steps, f"{len(metrics) - skipped} of {self.config.steps}"),
+            ("held-out reward", after > before, f"{before:.3f} -> {after:.3f}")]
         if self.config.device == "cpu":
             return lines + [("same GPU, all-reduce v2, CUDA graphs, exact weights, memory", None, "needs a GPU")]
-        reports = self.each(self.engines, "report")
+        reports = self.read_logs(self.engines).values()
         errors = "\n".join(line for report in reports for line in report.errors)
         used, graphs = {s["all_reduce"] for s in self.schedulers}, [g for r in reports for g in r.graphs.values()]
-        grown = max(now - then for now, then in zip(last["gib_wake"], metrics[0]["gib_wake"], strict=True))
+        grown = max(last["gib_wake"]) - max(metrics[0]["gib_wake"])
         return lines + [
             ("same GPU", True, f"trainer and scheduler read the same UUID in {ranks} of {ranks} ranks"),
             ("all-reduce v2", used == {"CustomAllReduceV2"} if tp > 1 else None, f"TP={tp}, schedulers use {used}"),
@@ -912,67 +872,92 @@ def plot(metrics: list[dict[str, Any]], path: Path) -> None:
     """Reward and phase times, by step."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name in (name for name in metrics[-1] if "reward" in name or "seconds_" in name):
-        steps, values = zip(*[(row["step"], row[name]) for row in metrics if name in row], strict=True)
-        (right if "seconds_" in name else left).plot(steps, values, label=name)
-    left.legend(), right.legend()
+    for axes, kind in zip(figure.subplots(1, 2), ("reward", "seconds_"), strict=True):
+        for name in (name for name in metrics[-1] if kind in name):
+            axes.plot(*zip(*[(row["step"], row[name]) for row in metrics if name in row], strict=True), label=name)
+        axes.legend()
     figure.savefig(path, dpi=110)
 
 
-def run(config: Config) -> None:
-    """One whole run, from the placement group to the saved model."""
-    from tqdm import tqdm
+def run(config: Config, task: Task, folder: Path, metrics: list[dict], stopped_by: list[int]) -> None:
+    """Fill `metrics`, a row a step, from the last checkpoint on; leave no process; note signals in `stopped_by`."""
+    def stop(number: int, frame: Any) -> None:
+        stopped_by.append(number)
+        if armed and armed.pop():
+            raise KeyboardInterrupt  # ray.get passes it on; of a SystemExit it makes its own
+
+    armed = [True]  # to raise once, and not in the clean-up, which comes to its end
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = dict(runtime_env={"py_modules": [__file__]}, log_to_driver=False, logging_level="error")
-    if "RAY_ADDRESS" not in os.environ:  # start Ray here; it counts real GPUs itself, logical ones it must be told
-        logical = config.gpus if config.device == "cpu" else None
-        options |= dict(address="local", include_dashboard=False, num_gpus=logical)
-    start, folder = time.perf_counter(), Path("runs", f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").resolve()
-    model, metrics, others = folder / "model", [], set(psutil.Process().children(recursive=True))
+    if "RAY_ADDRESS" not in os.environ:  # start Ray here, on loopback only; logical GPUs it must be told, not real ones
+        ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
+        options["runtime_env"]["env_vars"] = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+        options |= dict(address="local", include_dashboard=False, num_gpus={"cpu": config.gpus}.get(config.device))
+    start, others = time.perf_counter(), set(psutil.Process().children(recursive=True))
+    ray._private.utils.set_sigterm_handler = lambda handler: None  # ray.init would set its own handler
     try:
         ray.init(**options)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ray.init has set one that aborts
+        signal.signal(signal.SIGTERM, stop)  # again: Ray's native code has just set a handler that aborts
         group = create_placement_group(config.gpus, config.placement_timeout)
         plan = plan_engines(probe_bundles(group, config.placement_timeout), config.gpus_per_engine)
         print(placement_table(plan), flush=True)
         if config.dry_run:
             return
-        folder.mkdir(parents=True)
+        attempt = folder / f"attempt{len(list(folder.glob('attempt*')))}"
+        attempt.mkdir(parents=True)
+        shutil.rmtree(unfinished := folder / "unfinished", ignore_errors=True)  # a checkpoint that was cut off
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
-        loop = Loop(config, folder, group, plan)
-        task = sums_task(config, model) if config.model else echo_task(config, model)
-        loop.start(task, config.model or str(model))
-        with open(folder / "metrics.jsonl", "w", buffering=1) as file, tqdm(range(config.steps), unit="step") as bar:
-            for step in bar:
+        checkpoint = max(folder.glob("checkpoint-*"), default=folder / "checkpoint-000000")
+        done = int(checkpoint.name[-6:])
+        model = str(checkpoint) if done or not config.model else config.model
+        print(f"from {model}, {done} of {config.steps} steps done", flush=True)
+        if not done and not config.model:
+            write_random_model(config, checkpoint)
+        loop = Loop(config, task, attempt, group, plan)
+        loop.start(model, resume=done > 0)
+        with open(folder / "metrics.jsonl", "a+", buffering=1) as file:
+            file.seek(0)
+            metrics[:] = [json.loads(file.readline()) for _ in range(done)]
+            file.truncate(file.tell())  # what came after the checkpoint comes again
+            for step in (bar := tqdm(range(done, config.steps), initial=done, total=config.steps, unit="step")):
                 metrics.append(loop.step(step))
                 file.write(json.dumps(metrics[-1]) + "\n")
-                bar.write("  ".join(f"{name} {x:.4g}" for name, x in metrics[-1].items() if "gib_" not in name))
-                bar.set_postfix(reward=metrics[-1]["reward"], tokens_per_second=metrics[-1]["tokens_per_second"])
-        loop.each(loop.engines, "sleep")
-        loop.each(loop.trainers, "onload")
-        loop.each(loop.trainers, "save", str(model))
+                if "seconds_checkpoint" in metrics[-1]:
+                    task.tokenizer.save_pretrained(unfinished)
+                    unfinished.rename(folder / f"checkpoint-{step + 1:06d}")  # it is whole, or it is not there
+                    for old in sorted(folder.glob("checkpoint-*"))[:-2]:
+                        shutil.rmtree(old)
+                bar.write("  ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}"
+                                    for name, x in metrics[-1].items() if "gib_" not in name))
+                bar.set_postfix({name: metrics[-1][name] for name in ("reward", "tokens_per_second")})
+                if sum("skipped" in row for row in metrics[-3:]) == 3:
+                    raise FloatingPointError(f"{metrics[-1]['skipped']} is not finite, for the third step in a row; "
+                                             "expected numbers. Check the rewards, lower --learning-rate.")
         plot(metrics, folder / "reward.png")
-        summary = dict(heldout_reward_before=loop.heldout_before, heldout_reward_after=metrics[-1]["heldout_reward"],
-                       steps=config.steps, wall_seconds=time.perf_counter() - start, device=config.device,
-                       devices=loop.devices, engines=loop.reports, checklist=loop.checklist(metrics),
+        summary = dict(steps=config.steps, heldout_reward_before=metrics[0]["heldout_reward_before"],
+                       heldout_reward_after=metrics[-1]["heldout_reward"], wall_seconds=time.perf_counter() - start,
+                       devices=loop.devices, checklist=loop.checklist(metrics),
+                       engines={name: report._asdict() for name, report in loop.read_logs(loop.engines).items()},
                        versions={name: importlib.metadata.version(name) for name in ("sglang", "torch", "ray")})
         (folder / "summary.json").write_text(json.dumps(summary, indent=2))
         for what, right, reading in summary["checklist"]:
             print({True: "[x]", False: "[FAILED]", None: "[ ]"}[right], f"{what}: {reading}")
         print(f"{summary['wall_seconds']:.0f} s, all of it in {folder}")
     finally:
-        started_here = set(psutil.Process().children(recursive=True)) - others
+        armed.clear()
+        children = set(psutil.Process().children(recursive=True)) - others
         ray.shutdown()
-        for process in started_here:  # SGLang's die with their actor, but for those that are still starting
+        for process in psutil.wait_procs(children, timeout=3)[1]:  # SGLang's that hang, or are still starting
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        psutil.wait_procs(children, timeout=10)
 
 
 # ---- 9. Command line ------------------------------------------------------------------------------------------------
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 (failed), 2 (settings refused), 130 (Ctrl-C); 143 (SIGTERM) is raised."""
+    """Returns the exit status: 0, 1 (failed), 2 (settings refused), 130 (Ctrl-C), 143 (SIGTERM)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     groups = {name: parser.add_argument_group(name) for name in ("run", "placement", "model", "rollout", "training")}
     for option in dataclasses.fields(Config):
@@ -980,18 +965,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         kind = dict(action=argparse.BooleanOptionalAction) if kind["type"] is bool else kind
         groups[meta["group"]].add_argument(f"--{option.name.replace('_', '-')}", default=option.default,
                                            help=f"{meta['help']} (%(default)s)", **kind)
-    config = Config(**vars(parser.parse_args(argv)))
-    if problems := check_config(config):
+    resume = parser.parse_args(argv).resume
+    folder = Path(resume or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").resolve()
+    try:
+        if resume:
+            parser.set_defaults(**json.loads((folder / "config.json").read_text()))
+        config = Config(**vars(parser.parse_args(argv)))
+        task = sums_task(config) if config.model else echo_task(config)
+        problems = check_config(config, task)
+    except (OSError, ValueError, TypeError) as error:
+        problems = [f"--resume wants a run's folder, --model one with a tokenizer and a chat template: {error}"]
+    if problems:
         print("\n".join(problems), file=sys.stderr)
         return 2
-    try:
-        run(config)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except (PlacementError, RuntimeError, OSError, ray.exceptions.RayError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    metrics, stopped_by, furthest, faults = [], [], 0, 0
+    while not stopped_by:
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                run(config, task, folder, metrics, stopped_by)
+                return 0
+            stopped_by.append(signal.SIGINT)  # if it came before `run` took note
+        except (PlacementError, FloatingPointError, RuntimeError, OSError, ray.exceptions.RayError) as error:
+            faults, furthest = (1, len(metrics)) if len(metrics) > furthest else (faults + 1, furthest)
+            if faults > config.max_restarts or isinstance(error, (PlacementError, FloatingPointError)):
+                print(f"error: {error}", file=sys.stderr)
+                return 1
+            print(f"{error}\nrestart {faults} of at most {config.max_restarts}", file=sys.stderr, flush=True)
+    return 128 + stopped_by[0]
 
 
 if __name__ == "__main__":
