@@ -573,16 +573,20 @@ class Job:
         return status
 
 
+def checkpoint_tensors(checkpoint):
+    """Of the model and of the optimizer, by name."""
+    optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    return load_file(checkpoint / "model.safetensors") | {
+        f"{name} {moment}": tensor for name, state in optimizer.items() for moment, tensor in state.items()}
+
+
 def last_checkpoint(folder):
-    """Its model and optimizer tensors by name, and the run's rows but for what depends on time."""
+    """Its name and tensors, and the run's rows but for what depends on time."""
     (run,) = folder.glob("runs/*")
     checkpoint = max(run.glob("checkpoint-*"))
-    optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
-    tensors = load_file(checkpoint / "model.safetensors") | {
-        f"{name} {moment}": tensor for name, state in optimizer.items() for moment, tensor in state.items()}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return checkpoint.name, tensors, [{name: value for name, value in row.items() if "second" not in name}
-                                      for row in rows]
+    return checkpoint.name, checkpoint_tensors(checkpoint), [
+        {name: value for name, value in row.items() if "second" not in name} for row in rows]
 
 
 def assert_equal_to_the_bit(folder, uncut):
@@ -1185,10 +1189,12 @@ def trainers(group, folder, ranks, model, resume=False, **settings):
     def call(method, *args):
         return c.wait_for([getattr(actor, method).remote(*args) for actor in actors], 120, method)
 
-    call("start", str(folder / "rendezvous"), ranks, str(model), resume)
-    yield call
-    for actor in actors:
-        ray.kill(actor)
+    try:
+        call("start", str(folder / "rendezvous"), ranks, str(model), resume)
+        yield call
+    finally:  # a test that fails must not keep the others' GPUs
+        for actor in actors:
+            ray.kill(actor)
 
 
 @pytest.fixture(scope="module")
@@ -1208,9 +1214,7 @@ def trained(two_gpus, tiny_model, batch, tmp_path_factory):
 
 def saved(call, folder):
     call("save", str(folder))
-    optimizer = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
-    moments = [tensor for state in optimizer.values() for tensor in state.values()]
-    return [*load_file(folder / "model.safetensors").values(), *moments]
+    return list(checkpoint_tensors(folder).values())
 
 
 def test_bad_numbers_change_nothing_and_a_checkpoint_restores_every_bit(two_gpus, tiny_model, batch, tmp_path):
