@@ -39,6 +39,7 @@ import torch.distributed as dist
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_optimizer_state_dict
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 
@@ -355,6 +356,36 @@ def run_scheduler(register_inputs: bool, server_args: Any, port_args: Any, gpu_i
     run_scheduler_process(server_args, port_args, gpu_id, *args)
 
 
+class NoteCopies(TorchDispatchMode):
+    """Notes as pairs, (target, source), what a model's loader copies out of a tensor's memory, and what it fills."""
+
+    def __init__(self, tensor: torch.Tensor):
+        super().__init__()
+        self.address, self.pairs = tensor.untyped_storage().data_ptr(), []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        reads = any(isinstance(arg, torch.Tensor) and arg.untyped_storage().data_ptr() == self.address for arg in args)
+        if function is torch.ops.aten.fill_.Scalar:  # padding
+            self.pairs.append((args[0], torch.full_like(*args)))
+        elif reads and function is torch.ops.aten.copy_.default:
+            self.pairs.append(args[:2])
+        elif reads and not function.is_view:
+            raise EngineError(f"the model's loader uses {function} on weights; expected copies, which can be repeated")
+        return function(*args, **(kwargs or {}))
+
+
+def receive_weights(model: torch.nn.Module, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
+    """Runs in every scheduler process. The first sync brings all weights, in memory of the trainer that stays mapped,
+    and loads them by SGLang's own rules; later ones bring nothing, and repeat the copies that were made then."""
+    if named_tensors:
+        with NoteCopies(named_tensors[0][1]) as copies:
+            model.load_weights(named_tensors)
+        model.copies = list(zip(*copies.pairs, strict=True))
+    else:
+        torch._foreach_copy_(*model.copies)  # all at once
+    torch.get_device_module(model.copies[0][0].device).synchronize()  # the trainer may write there again
+
+
 def draw_with_seeds(logprobs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """One draw from each row's distribution by inverting its cumulative sum; [B, V], [B], [B] -> [B, 1]."""
     pairs = zip(seeds.tolist(), positions.tolist(), strict=True)
@@ -387,6 +418,7 @@ def engine_args(config: Config, placement: EnginePlacement, model: str) -> dict[
     args = dict(model_path=model, trust_remote_code=config.trust_remote_code, context_length=config.context_length,
                 base_gpu_id=placement.base_gpu_id, tp_size=len(placement.bundles), random_seed=config.seed,
                 skip_tokenizer_init=True, log_level="info", device=config.device, weight_version="0",
+                custom_weight_loader=[f"{__name__}.receive_weights"],
                 decode_log_interval=config.max_new_tokens)  # so that the log says whether graphs are replayed
     if config.device == "cpu":
         samples = config.prompts_per_step * config.group_size
@@ -463,10 +495,11 @@ class Engine:
         self._asleep -= set(tags)
 
     def update_weights(self, handles: list[bytes], version: str) -> None:
-        """Load all weights; `handles[r]`, for tp_rank r, names memory on its GPU and is opened exactly once."""
+        """Load all weights; `handles[r]`, for tp_rank r, is that of the trainer rank on its GPU."""
         # The KV cache is from older weights, so it is flushed; one that sleeps was flushed on its way down.
         self._ask("update_weights_from_tensor", "UpdateWeightsFromTensorReqInput", serialized_named_tensors=handles,
-                  load_format="flattened_bucket", weight_version=version, flush_cache="kv_cache" not in self._asleep)
+                  load_format=f"{__name__}.receive_weights", weight_version=version,
+                  flush_cache="kv_cache" not in self._asleep)
 
     def check_weights(self, action: str) -> None:
         """SGLang's checker: "snapshot" keeps the weights, "reset_tensors" spoils them, "compare" wants them equal."""
@@ -504,6 +537,7 @@ class Trainer:
         self.device = torch.device("cuda", bundle.local_index) if self.on_gpu else torch.device("cpu")
         self.backend = torch.get_device_module(self.device)  # torch.cuda or torch.cpu
         self._host: list[torch.Tensor] = []  # what offload moved, in the order of _storages
+        self._whole: Sequence[torch.Tensor] = ()  # all weights, as the engine gets them
 
     def start(self, rendezvous: str, world_size: int, model: str, resume: bool = False) -> dict[str, Any]:
         """Join the process group, by a file that all ranks see, and load the model; to `resume`, the optimizer, too."""
@@ -569,7 +603,7 @@ class Trainer:
 
     def offload(self) -> None:
         """Copy weights and optimizer state to pinned host memory, kept for the whole run, and free the device's."""
-        self._sent, storages = None, self._storages()
+        storages = self._storages()
         self._host += [torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=self.on_gpu)
                        for storage in storages[len(self._host) :]]
         for storage, host in zip(storages, self._host, strict=True):
@@ -578,7 +612,6 @@ class Trainer:
         for storage in storages:
             storage.resize_(0)
         if self.on_gpu:
-            torch.cuda.ipc_collect()
             torch.cuda.empty_cache()
 
     def onload(self) -> None:
@@ -589,19 +622,30 @@ class Trainer:
         self.backend.synchronize()
 
     def weights(self) -> bytes:
-        """All ranks at once: gather the weights; returns a handle to this rank's copy, which lives until offload."""
+        """All ranks at once: gather the weights into a buffer. Returns, the first time, a handle to all of its tensors,
+        to be opened exactly once; later one to none, for who opened it still sees the buffer."""
         from sglang.srt.utils import MultiprocessingSerializer
         from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
-        from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
+        parameters, ranks, named = dict(self.model.named_parameters()), dist.get_world_size(), []  # tied weights once
+        if not self._whole:
+            # For each parameter a slot a rank, all of one size, so that ranks gather in place; FSDP shards the rows.
+            sizes = [-(-p.shape[0] // ranks) * math.prod(p.shape[1:]) for p in parameters.values()]
+            dtype = torch.bfloat16 if self.on_gpu else torch.float32
+            buffer = torch.empty(ranks * sum(sizes), dtype=dtype, device=self.device)
+            self._whole = buffer.split([ranks * size for size in sizes])
+            self._slots = [whole.chunk(ranks)[self.rank] for whole in self._whole]
+            named = [(name, whole[: parameter.numel()].view(parameter.shape))
+                     for (name, parameter), whole in zip(parameters.items(), self._whole, strict=True)]
+        with torch.no_grad():
+            own = [parameter.to_local().flatten() for parameter in parameters.values()]
+        torch._foreach_copy_([slot[: len(shard)] for slot, shard in zip(self._slots, own, strict=True)], own)
+        if ranks > 1:
+            dist.group.WORLD.allgather_into_tensor_coalesced(self._whole, self._slots).wait()
+        self.backend.synchronize()  # the reader, in another process, does not wait for this stream
         if self.on_gpu:
             monkey_patch_torch_reductions()  # the handle names its device by UUID
         torch.multiprocessing.set_sharing_strategy("file_system")  # on a CPU: by name, for the reader is no child
-        dtype = torch.bfloat16 if self.on_gpu else torch.float32
-        bucket = FlattenedTensorBucket([(name, parameter.detach().to(dtype).full_tensor())
-                                        for name, parameter in self.model.named_parameters()])  # tied weights come once
-        self._sent = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
-        self.backend.synchronize()  # the reader, in another process, does not wait for this stream
-        return MultiprocessingSerializer.serialize(self._sent)
+        return MultiprocessingSerializer.serialize(named)
 
     def save(self, folder: str) -> None:
         """All ranks at once: gather weights and optimizer state in fp32; rank 0 writes what `start` can load."""
@@ -745,6 +789,7 @@ class Loop:
         self.devices = check_same_device(readings, self.schedulers)
         # Overwritten with noise and sent by the trainer, weights must be those loaded from disk; only GPUs can compare.
         self.each(self.engines, "wake", ["weights"])
+        self.sync_weights()  # the first teaches the schedulers what the others repeat
         self.each(self.engines, "check_weights", "reset_tensors")
         self.sync_weights()
         if self.config.device == "cuda":

@@ -21,6 +21,7 @@ import psutil
 import pytest
 import ray
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -683,9 +684,9 @@ faults = {
     (19, "checkpoint"): lambda: trainers()[0].rlimit(psutil.RLIMIT_FSIZE, (100_000, 100_000)),  # as a full disk
     (25, "generate"): lambda: schedulers()[0].suspend(),  # a request that never finishes
     (29, "checkpoint"): lambda: kill(trainers(), 0.01),
-} if "--gpus" not in sys.argv else {  # of two engines and two ranks, one
-    (3, "generate"): lambda: kill(schedulers()[:1], 0.02),
-    (12, "train"): lambda: kill(trainers()[1:], 0.02),
+} if "--gpus" not in sys.argv else {  # of all ranks, one
+    (3, "generate"): lambda: kill(schedulers()[-1:], 0.02),
+    (12, "train"): lambda: kill(trainers()[-1:], 0.02),
     (14, "sync"): lambda: kill(trainers()[:1], 0.005),
 }
 loop, now, since = None, None, 0.0
@@ -1245,6 +1246,50 @@ def test_training_does_not_depend_on_ranks_or_micro_batches(trained):
         assert two[step][0]["grad_norm"] == pytest.approx(one[step][0]["grad_norm"], rel=1e-4)
 
 
+def test_a_second_sync_repeats_the_first(two_gpus, engines, tiny_model, tmp_path):
+    """From two ranks with half of each weight to two engines, onto noise; the padding of the vocabulary, too."""
+    (first, second), _ = engines
+    before = [ask(engine, [[3, 4, 5, 2]], temperature=0.0, max_new_tokens=4)[0] for engine in (first, second)]
+    with trainers(two_gpus, tmp_path / "trainers", 2, tiny_model) as call:
+        for sync in (1, 2):
+            for engine, handle in zip((first, second), call("weights"), strict=True):
+                c.wait_for([engine.check_weights.remote("reset_tensors")], 60, "reset")
+                c.wait_for([engine.update_weights.remote([handle], str(sync))], 60, "sync")
+            for engine, expected in zip((first, second), before, strict=True):
+                found = ask(engine, [[3, 4, 5, 2]], temperature=0.0, max_new_tokens=4)[0]
+                assert found.logprobs == expected.logprobs and found.weight_version == str(sync)
+
+
+class Padded(torch.nn.Module):
+    """With a loader as SGLang's: a part of a fused weight, and the rest filled."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.weight, self.read = torch.nn.Parameter(torch.full((4, 6), torch.nan)), read
+
+    def load_weights(self, named_tensors):
+        for (_, tensor), columns in zip(named_tensors, self.weight.data.split(3, dim=1), strict=True):
+            columns[:2].copy_(self.read(tensor.narrow(0, 1, 2)))
+        self.weight[2:].data.fill_(0)
+
+
+def test_later_syncs_write_all_that_the_first_wrote():
+    memory, model = torch.randn(18), Padded(lambda part: part.view(2, 3).contiguous())
+    for sync in range(3):
+        memory.normal_()
+        model.weight.data.fill_(torch.nan)
+        first, second = memory.view(2, 3, 3)
+        c.receive_weights(model, [] if sync else [("first", first), ("second", second)])
+        assert torch.equal(model.weight, torch.cat([torch.cat([first[1:], second[1:]], 1), torch.zeros(2, 6)]))
+
+
+@pytest.mark.parametrize("read", [torch.clone, torch.Tensor.double, lambda part: part.max().item()])
+def test_a_loader_that_does_more_than_copy_is_refused(read):
+    model = Padded(lambda part: torch.as_tensor(read(part)))
+    with pytest.raises(c.EngineError, match="expected copies"):
+        c.receive_weights(model, [("first", torch.randn(3, 3)), ("second", torch.randn(3, 3))])
+
+
 def test_a_rollout_that_the_trainer_disagrees_with_stops_the_run(two_gpus, tiny_model, tmp_path):
     loop, (bundle, _) = object.__new__(c.Loop), c.probe_bundles(two_gpus, 60)
     loop.config, loop.logs = Config(device="cpu", updates_per_step=1), {}
@@ -1285,20 +1330,24 @@ def gpu_case(count, *values, id):
     return pytest.param(*values, id=id, marks=[pytest.mark.gpu, skip_below(count)])
 
 
-@functools.cache
-def machine_uuids():
-    """By physical id, as nvidia-smi lists them."""
-    query = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+def nvidia_smi(what):
+    """A line a GPU."""
+    query = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
 
 
-# The whole job with a small KV cache and few graphs, so that several share the GPUs.
-SMALL_JOB = f"""
+@functools.cache
+def machine_uuids():
+    """By physical id, as nvidia-smi lists them."""
+    return nvidia_smi("uuid")
+
+
+# A small KV cache and few graphs, so that several jobs share the GPUs.
+SMALL = f"""
 import sys
 import colocate_rl as c
 full = c.engine_args
 c.engine_args = lambda *args: full(*args) | dict(max_total_tokens=20000, {GRAPH_SIZES}=[8, 128])
-sys.exit(c.main(sys.argv[1:]))
 """
 UNSET = None
 MAPPINGS = [  # GPUs needed, physical ids in CUDA_VISIBLE_DEVICES, written as UUIDs, gpus_per_engine
@@ -1322,8 +1371,8 @@ def small_jobs(tmp_path_factory):
         if ids is not UNSET:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(machine_uuids()[i] if as_uuids else str(i) for i in ids)
         folder = tmp_path_factory.mktemp("job")
-        command = [sys.executable, "-c", SMALL_JOB, "--steps", "2", "--prompts-per-step", "24", "--gpus-per-engine",
-                   str(tp)]  # 24 prompts: equal shares for three GPUs, too
+        command = [sys.executable, "-c", SMALL + "sys.exit(c.main(sys.argv[1:]))", "--steps", "2", "--max-restarts",
+                   "0", "--gpus-per-engine", str(tp), "--prompts-per-step", "24"]  # equal shares for 3 GPUs, too
         with open(folder / "output", "w") as output:
             return folder, subprocess.Popen(command, cwd=folder, env=environment(env), stdout=output, stderr=output)
 
@@ -1472,9 +1521,36 @@ def test_the_default_graph_pool_is_the_faster_one_and_leaves_enough_memory(captu
 
 
 @pytest.mark.parametrize("tp", [gpu_case(tp, tp, id=f"tp{tp}") for tp in (1, 2)])
+def test_faults_on_gpus_have_the_same_way_back_and_a_killed_driver_frees_the_memory(tmp_path, tp):
+    before = nvidia_smi("memory.used")
+
+    def grown():
+        return max(int(now) - int(then) for now, then in zip(nvidia_smi("memory.used"), before, strict=True))  # MiB
+
+    job = Job(tmp_path, "--gpus", str(tp), "--gpus-per-engine", str(tp), "--steps", "4000", script=SMALL + FAULTS,
+              on_gpus=True)
+    try:
+        job.until(lambda rows: len(rows) > 16, 400)
+        output, rows, busy = job.output.read_text(), job.rows(), grown()
+    finally:
+        job.process.kill()
+    killed = time.monotonic()
+    while grown() > 10 and time.monotonic() < killed + 30:
+        time.sleep(0.2)
+    seconds = list(map(float, re.findall(r"noticed after ([\d.]+) s", output)))
+    print(f"\nTP={tp}: faults noticed after {seconds} s; GPU memory {busy} MiB more than before, {grown()} MiB "
+          f"{time.monotonic() - killed:.1f} s after the driver was killed")
+    assert grown() <= 10 < 1000 < busy
+    assert output.count("restart 1 of at most 2") == 3 and max(seconds) < 10, output
+    assert re.findall(r"^(\w+)\d died in", output, re.M) == ["engine", "trainer", "trainer"], output
+    assert [row["step"] for row in rows] == list(range(len(rows)))  # no step is lost or made twice
+    job.nothing_is_left_after(30, but=["ray::DashboardAgent", "ray::RuntimeEnvAgent"])
+
+
+@pytest.mark.parametrize("tp", [gpu_case(tp, tp, id=f"tp{tp}") for tp in (1, 2)])
 def test_a_qwen3_of_600_million_parameters_learns(tmp_path, tp):
     job = Job(tmp_path, "--gpus", str(tp), "--gpus-per-engine", str(tp), "--shape", "0.6B", "--learning-rate", "3e-5",
-              "--steps", "20", "--heldout-every", "5", on_gpus=True)
+              on_gpus=True)
     status, output = job.end(600)
     print(output[-3000:])
     assert status == 0, output
@@ -1531,3 +1607,199 @@ def test_cost_as_work_grows_without_a_gpu(tmp_path):
         base = base or median
         rows.append([name, f"{median:.3f}", f"{steps[0]:.3f} - {steps[-1]:.3f}", f"{ideal}x", f"{median / base:.2f}x"])
     table(*rows)
+
+
+QWEN3 = {"0.6B": (1024, 3072, 28, 16, 8, 128), "4B": (2560, 9728, 36, 32, 8, 128)}  # with their vocabulary of 151936
+
+
+def write_qwen3(shape, folder):
+    """Random weights in bf16; made on the GPU, which is faster."""
+    hidden, mlp, layers, heads, kv_heads, head_dim = QWEN3[shape]
+    with torch.device("cuda"):
+        Qwen3ForCausalLM._from_config(Qwen3Config(
+            hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=kv_heads, head_dim=head_dim, vocab_size=151936, tie_word_embeddings=True,
+            max_position_embeddings=4096, eos_token_id=1), dtype=torch.bfloat16).save_pretrained(folder)
+    torch.cuda.empty_cache()
+
+
+def spread(seconds, digits=1):
+    """The median of some times, with the least and the most, in ms."""
+    ordered = [round(1000 * second, digits) for second in sorted(seconds)]
+    return f"{ordered[len(ordered) // 2]} ({ordered[0]} - {ordered[-1]})"
+
+
+def times(function, warm=2, rounds=7):
+    """Seconds of each round."""
+    found = []
+    for _ in range(warm + rounds):
+        start = time.perf_counter()
+        function()
+        found.append(time.perf_counter() - start)
+    return found[warm:]
+
+
+def in_actors(actors, function, *args):
+    return c.wait_for([actor.__ray_call__.remote(function, *args) for actor in actors], 300, function.__name__)
+
+
+def gathered(trainer, start, limit):
+    """In a trainer, as its peers do it: tensor by tensor, up to a number of bytes; a handle, and where to go on."""
+    from sglang.srt.utils import MultiprocessingSerializer
+    from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
+    parameters, tensors, size = list(trainer.model.named_parameters()), [], 0
+    while start < len(parameters) and size < (limit or math.inf):
+        tensors.append((parameters[start][0], parameters[start][1].detach().to(torch.bfloat16).full_tensor()))
+        size, start = size + tensors[-1][1].nbytes, start + 1
+    if limit:
+        bucket = FlattenedTensorBucket(tensors)
+        tensors = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
+    torch.cuda.synchronize()
+    trainer.sent = tensors
+    return MultiprocessingSerializer.serialize(tensors), start if start < len(parameters) else None
+
+
+def received(engine, handles, load_format):
+    engine._ask("update_weights_from_tensor", "UpdateWeightsFromTensorReqInput", serialized_named_tensors=handles,
+                load_format=load_format, flush_cache=False)
+
+
+def sync_as_peers(loop, limit):
+    start = 0
+    while start is not None:
+        found = in_actors(loop.trainers, gathered, start, limit)
+        tp, start = loop.config.gpus_per_engine, found[0][1]
+        handles = [handle for handle, _ in found]
+        own = [(handles[at : at + tp], "flattened_bucket" if limit else None) for at in range(0, len(handles), tp)]
+        calls = [engine.__ray_call__.remote(received, *args) for engine, args in zip(loop.engines, own, strict=True)]
+        c.wait_for(calls, 300, "received")
+
+
+def forget(trainer):
+    trainer.sent = None
+    torch.cuda.ipc_collect()
+    torch.cuda.empty_cache()
+
+
+def floor_of_sync(trainer):
+    """Milliseconds: one copy on the device of all bytes that are sent, or of more ranks, one gather of them."""
+    size = sum(whole.numel() for whole in trainer._whole)
+    source = torch.randn(size // dist.get_world_size(), dtype=torch.bfloat16, device=trainer.device)
+    target, found = torch.empty(len(source) * dist.get_world_size(), dtype=source.dtype, device=trainer.device), []
+    for _ in range(12):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        dist.all_gather_into_tensor(target, source) if dist.get_world_size() > 1 else target.copy_(source)
+        torch.cuda.synchronize()
+        found.append(time.perf_counter() - start)
+    return found[5:]
+
+
+@pytest.fixture(scope="module", params=[
+    pytest.param((shape, tp), id=f"{shape}-tp{tp}", marks=skip_below(tp)) for tp in (1, 2) for shape in QWEN3])
+def colocated(request, tmp_path_factory):
+    """A loop of one engine and its trainers, started; trainers are offloaded."""
+    (shape, tp), folder = request.param, tmp_path_factory.mktemp("bench")
+    model = folder / "model"
+    write_qwen3(shape, model)
+    config = c.Config(gpus=tp, gpus_per_engine=tp, context_length=1024)
+    ray.init("local", include_dashboard=False, log_to_driver=False, runtime_env={"py_modules": [c.__file__]})
+    group = c.create_placement_group(tp, 60)
+    (folder / "attempt").mkdir()
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # what runs in the actors
+    plan = c.plan_engines(c.probe_bundles(group, 60), tp)
+    loop = c.Loop(config, c.echo_task(config), folder / "attempt", group, plan)
+    loop.start(str(model), resume=False)
+    yield shape, tp, loop
+    ray.shutdown()
+    shutil.rmtree(model)
+
+
+@pytest.mark.bench
+def test_weight_sync(colocated):
+    shape, tp, loop = colocated
+    loop.each(loop.engines, "sleep")
+    loop.each(loop.trainers, "onload")
+    loop.each(loop.engines, "wake", ["weights"])
+    floor = in_actors(loop.trainers, floor_of_sync)[0]
+    ours = times(loop.sync_weights, rounds=15)
+    gather = times(lambda: loop.each(loop.trainers, "weights"), rounds=15)
+    rows = [["floor: the bytes once" + (" gathered" if tp > 1 else ""), floor], ["this file", ours],
+            ["of that the trainer's part", gather]]
+    for name, limit in (("512 MiB buckets", 2**29), ("one call, tensor by tensor", 0)):
+        rows.append([name, times(lambda limit=limit: sync_as_peers(loop, limit))])
+        in_actors(loop.trainers, forget)
+    print(f"\nweight sync, Qwen3-{shape}, TP={tp}, {tp} FSDP rank(s)")
+    table(["", "ms: median (least - most)"], *[[name, spread(seconds)] for name, seconds in rows])
+    loop.each(loop.engines, "check_weights", "reset_tensors")
+    loop.sync_weights()
+    loop.each(loop.engines, "check_weights", "compare")
+    loop.each(loop.trainers, "offload")
+    loop.each(loop.engines, "wake", ["kv_cache", "cuda_graph"])
+
+
+def sleep_and_wake(engine):
+    start = time.perf_counter()
+    engine.engine.release_memory_occupation(list(c.MEMORY_TAGS))
+    middle = time.perf_counter()
+    engine.engine.resume_memory_occupation(list(c.MEMORY_TAGS))
+    return middle - start, time.perf_counter() - middle
+
+
+def pinned_copies(trainer):
+    """Bytes that the trainer moves, and the seconds of one pinned copy of as many: to the host, and to the device."""
+    size = sum(host.nbytes for host in trainer._host)
+    host, device, found = torch.empty(size, dtype=torch.uint8, pin_memory=True), None, ([], [])
+    device = torch.empty(size, dtype=torch.uint8, device=trainer.device)
+    for _ in range(5):
+        for kind, (target, source) in enumerate(((host, device), (device, host))):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            target.copy_(source, non_blocking=True)
+            torch.cuda.synchronize()
+            found[kind].append(time.perf_counter() - start)
+    del device
+    torch.cuda.empty_cache()
+    return size, *found
+
+
+def step_once(trainer):
+    """So that there is an optimizer state to move."""
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad(set_to_none=True)
+
+
+@pytest.mark.bench
+def test_sleep_and_wake(colocated):
+    shape, tp, loop = colocated
+    rounds = {"sleep": [], "wake": [], "sleep, SGLang alone": [], "wake, SGLang alone": []}
+    for _ in range(9):
+        for name in ("sleep", "wake"):
+            start = time.perf_counter()
+            loop.each(loop.engines, name)
+            rounds[name].append(time.perf_counter() - start)
+        for name, second in zip(list(rounds)[2:], in_actors(loop.engines, sleep_and_wake)[0], strict=True):
+            rounds[name].append(second)
+    print(f"\nengine sleep and wake, all tags, Qwen3-{shape}, TP={tp}")
+    table(["", "ms: median (least - most)"], *[[name, spread(seconds[2:])] for name, seconds in rounds.items()])
+    loop.each(loop.engines, "sleep")
+    loop.each(loop.trainers, "onload")
+    in_actors(loop.trainers, step_once)
+    moves = {"offload": [], "onload": []}
+    for _ in range(6):
+        for name, found in moves.items():
+            start = time.perf_counter()
+            loop.each(loop.trainers, name)
+            found.append(time.perf_counter() - start)
+    loop.each(loop.trainers, "offload")
+    size, down, up = in_actors(loop.trainers, pinned_copies)[0]
+    print(f"\ntrainer offload and onload, Qwen3-{shape}, {tp} rank(s), {size / 1e9:.2f} GB a rank")
+    table(["", "ms: median (least - most)", "GB/s"], *[
+        [name, spread(seconds), f"{size / 1e9 / sorted(seconds)[len(seconds) // 2]:.1f}"]
+        for name, seconds in (("offload", moves["offload"][2:]), ("one pinned copy to the host", down[1:]),
+                              ("onload", moves["onload"][2:]), ("one pinned copy to the device", up[1:]))])
+    loop.each(loop.engines, "wake", ["weights"])
+    loop.sync_weights()
+    loop.each(loop.engines, "wake", ["kv_cache", "cuda_graph"])
