@@ -4,8 +4,7 @@ SGLang generates, torch (FSDP2) trains, Ray places both on the same GPUs, and th
 read and checked, custom all-reduce v2 and CUDA graphs stay on, what generates is checked to be what was trained. GRPO
 (arXiv:2402.03300) with DAPO's token mean and asymmetric clip (arXiv:2503.14476) and truncated importance weights.
 
-    python colocate_rl.py                         # no GPU needed: a tiny model learns a toy task with the real engine
-    python colocate_rl.py --gpus-per-engine 2 --shape 0.6B --learning-rate 3e-5      # on two GPUs: one engine of TP=2
+    python colocate_rl.py           # no GPU needed: a tiny model learns a toy task with the real engine; see --help
 """
 
 import argparse
@@ -25,9 +24,10 @@ import sys
 import threading
 import time
 from collections import namedtuple
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +51,6 @@ def _option(default: Any, group: str, help: str, **limits: Any) -> Any:
 @dataclasses.dataclass
 class Config:
     """Every setting of a run; the command line is made from it. Numbers: above 0, or at least `low`; below `high`."""
-
     steps: int = _option(50, "run", "training steps")
     seed: int = _option(0, "run", "makes a run repeatable: initial weights, data order, sampling", low=0)
     heldout_every: int = _option(10, "run", "every this many steps: score the held-out prompts, write a checkpoint")
@@ -97,8 +96,7 @@ def check_config(config: Config, task: "Task") -> list[str]:
               ("model", (size := len(task.tokenizer)) <= task.vocab_size, f"an embedding of {size} tokens or more"),
               ("gpus_per_engine", tp == 1 or config.device == "cuda" or config.dry_run, "1 on a CPU"),
               ("gpus", tp < 1 or config.gpus % tp == 0 < config.gpus, f"a multiple of --gpus-per-engine, {tp}"),
-              ("prompts_per_step", samples % shares == 0, f"prompts x --group-size ({samples}) to divide by GPUs x "
-               f"--updates-per-step ({shares})")]
+              ("prompts_per_step", samples % shares == 0, f"{samples} samples to divide by GPUs x updates, {shares}")]
     return [f"--{name.replace('_', '-')} is {getattr(config, name)!r}; expected {expected}"
             for name, holds, expected in rules if not holds]
 
@@ -109,13 +107,11 @@ class PlacementError(ValueError):
 
 
 def visible_devices(value: str | None, device_count: int) -> list[str]:
-    """What a process sees under CUDA_VISIBLE_DEVICES=`value`, as tokens; None, unset, means all of `device_count`. As
-    in CUDA, the list ends before the first invalid entry. PlacementError if a device is named twice."""
+    """The devices that a process sees; None, unset, means all. As in CUDA, the first invalid entry ends the list."""
     if value is None:
         return [str(index) for index in range(device_count)]
-    entries = [entry.strip() for entry in value.split(",")]
+    entries, visible = [entry.strip() for entry in value.split(",")], []
     machine_count = device_count if device_count > len(entries) else math.inf  # else it counts the list
-    visible: list[str] = []
     for entry in entries:
         if re.fullmatch("[0-9]+", entry) and int(entry) < machine_count:
             entry = str(int(entry))
@@ -217,14 +213,9 @@ def probe_bundle(index: int) -> Bundle:
     """Runs in a bundle, and reads which GPU Ray gave it."""
     (gpu_id,), node_id = ray.get_gpu_ids(), ray.get_runtime_context().get_node_id()
     (node,) = (node for node in ray.nodes() if node["NodeID"] == node_id)
-    value, node_ip = os.environ.get("CUDA_VISIBLE_DEVICES"), node["NodeManagerAddress"]
     device_count = torch.cuda.device_count() or int(node["Resources"]["GPU"])  # logical GPUs
-    visible = visible_devices(value, device_count)
-    if torch.cuda.is_available() and len(visible) != device_count:
-        raise PlacementError(f"CUDA_VISIBLE_DEVICES={value!r} reads as {len(visible)} devices, torch counts "
-                             f"{device_count} on {node_ip}; expected the same. Name devices that the machine has.")
-    local_index = local_gpu_index(gpu_id, visible)
-    return Bundle(index, node_id, node_ip, gpu_id, local_index, read_device(local_index)["uuid"])
+    local_index = local_gpu_index(gpu_id, visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), device_count))
+    return Bundle(index, node_id, node["NodeManagerAddress"], gpu_id, local_index, read_device(local_index)["uuid"])
 
 
 def read_device(local_index: int) -> dict[str, Any]:
@@ -239,9 +230,8 @@ def probe_bundles(group: PlacementGroup, timeout_s: float) -> list[Bundle]:
     return wait_for(probes, timeout_s, "the bundles' probes")
 
 
-def wait_for(refs: list, timeout_s: float, what: str, others: Sequence[Any] = ()) -> list:
-    """`ray.get` with a limit; this file's own errors come out as themselves, without the trace of the remote call. The
-    death of an actor raises RayActorError within 5 s, also that of one of the `others`, which should be idle."""
+def wait_for(refs: list, timeout_s: float, what: str, actors: Iterable[Any] = ()) -> list:
+    """`ray.get` with a limit. This file's errors come out as themselves, the death of any of the `actors` in 5 s."""
     deadline, pings = time.monotonic() + timeout_s, []
     while True:
         try:
@@ -249,32 +239,21 @@ def wait_for(refs: list, timeout_s: float, what: str, others: Sequence[Any] = ()
         except ray.exceptions.GetTimeoutError as error:
             if time.monotonic() >= deadline:
                 raise TimeoutError(f"{what}: not done within {timeout_s:g} s; raise that limit if slow") from error
-            pings = [actor.__ray_ready__.remote() for actor in others]
+            pings = [actor.__ray_ready__.remote() for actor in actors]  # raises RayActorError where one is dead
         except ray.exceptions.RayTaskError as error:
             own = isinstance(error.cause, (PlacementError, EngineError))
             raise error.cause if own else RuntimeError(f"{what}: {error}") from error
 
 
-def placement_table(engines: Sequence[EnginePlacement]) -> str:
-    """The mapping as text, a line a GPU."""
-    return "\n".join(f"bundle {b.index} -> node {b.node_ip} -> Ray id {b.gpu_id!r} -> local index {b.local_index} -> "
-                     f"{b.uuid or 'no GPU'} -> engine {place.engine} tp_rank {tp_rank} base_gpu_id {place.base_gpu_id}"
-                     for place in engines for tp_rank, b in enumerate(place.bundles))
-
-
 # ---- 4. Engine: one Ray actor a SGLang engine, and what runs inside its scheduler processes -------------------------
 MEMORY_TAGS = ("kv_cache", "weights", "cuda_graph")  # SGLang's names for what can sleep
-ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # where both are set, torch reads the first
-# Are CUDA graphs in the memory saver, their all-reduces' inputs registered? torch's allocator settings, and why.
-GraphPool = namedtuple("GraphPool", "in_saver register_inputs alloc_conf why")
+GraphPool = namedtuple("GraphPool", "in_saver register_inputs alloc_conf why")  # what plan_graph_pool decides on
 Sample = namedtuple("Sample", "prompt_ids response_ids logprobs weight_version")  # one logprob a response token, nats
-ENGINE_FAULTS = (  # in an engine's log, and what they mean; the first two were taken for one and the same fault
-    (r"custom_all_reduce\.cuh:\d+: CUDA error: invalid argument", """
-  cause: a captured all-reduce registers memory that CUDA IPC cannot export; the device mapping is right
-  remedy: as plan_graph_pool: register no graphs of the memory saver, take out expandable_segments"""),
-    (r"CUDA error: invalid device ordinal", """
-  cause: base_gpu_id is no index into the visible list, but maybe a physical id
-  remedy: use plan_engines, and compare --dry-run with CUDA_VISIBLE_DEVICES"""))
+ENGINE_FAULTS = (  # in an engine's log, with cause and remedy; these two were taken for one and the same fault
+    (r"custom_all_reduce\.cuh:\d+: CUDA error: invalid argument", "CUDA IPC cannot export what a captured all-reduce "
+     "registers, of the memory saver or expandable_segments; the mapping is right. Use plan_graph_pool."),
+    (r"CUDA error: invalid device ordinal", "base_gpu_id is no index into the visible list, but maybe a physical id. "
+     "Use plan_engines, and compare --dry-run with CUDA_VISIBLE_DEVICES."))
 
 
 class EngineError(RuntimeError):
@@ -304,11 +283,10 @@ def parse_engine_log(text: str) -> EngineLogReport:
     ranks = re.findall(r"(?im)^\[[^]]*?(?:TP(\d+))?\] capture .*graph end", text)
     lines = r"^.*(?:\b\w*(?:Error|Exception)\b.*: \S|crashed with exit code|check_weights see error).*$|^\w+Error$"
     errors = [line.strip() for line in re.findall(lines, text, re.M)]
-    known = [line + help for line in errors for pattern, help in ENGINE_FAULTS if re.search(pattern, line)]
-    return EngineLogReport("v2" if v2 else "v1" if registered else None,
-                           {int(rank or 0): json.loads(sizes[1]) for rank in sorted(ranks) if sizes},
-                           int(registered[1]) if registered else None, "cuda graph: True" in text, errors,
-                           (known or errors or [""])[-1])
+    known = [f"{line}\n  cause: {why}" for line in errors for pattern, why in ENGINE_FAULTS if re.search(pattern, line)]
+    graphs = {int(rank or 0): json.loads(sizes[1]) for rank in sorted(ranks) if sizes}
+    return EngineLogReport("v2" if v2 else registered and "v1", graphs, registered and int(registered[1]),
+                           "cuda graph: True" in text, errors, (known or errors or [""])[-1])
 
 
 def plan_graph_pool(version: str, memory_saver: bool, tp_size: int, alloc_conf: str, prefer: str) -> GraphPool:
@@ -343,47 +321,44 @@ def run_scheduler(register_inputs: bool, server_args: Any, port_args: Any, gpu_i
     send = args[-1].send
 
     def send_ready(message: dict[str, Any]) -> None:
-        # Set earlier, this selects kernels that a CPU lacks. Now that the scheduler of a dense model is built, only its
-        # sampling still reads it: a draw depends on its request's seed and position, not on who shares the batch.
+        # Set earlier it selects other kernels; now it makes a draw depend on its request's seed and position only.
         get_global_server_args().enable_deterministic_inference = True
         communicator = get_tp_group().ca_comm
         all_reduce = type(communicator).__name__ if communicator and not communicator.disabled else None
         print(f"all-reduce: {all_reduce}", flush=True)  # SGLang 0.5.14 and later do not log it
         device = torch.cuda.current_device() if server_args.device == "cuda" else gpu_id  # in use, not as told
         send({**message, "reading": dict(tp_rank=args[0], all_reduce=all_reduce, **read_device(device))})
-
     args[-1].send = send_ready  # the pipe on which the scheduler says, once, that it is ready
     run_scheduler_process(server_args, port_args, gpu_id, *args)
 
 
-class NoteCopies(TorchDispatchMode):
-    """Notes as pairs, (target, source), what a model's loader copies out of a tensor's memory, and what it fills."""
-
+class NoteWrites(TorchDispatchMode):
+    """Notes what a model's loader copies out of a tensor's memory, what it fills, and whether it does nothing else."""
     def __init__(self, tensor: torch.Tensor):
         super().__init__()
-        self.address, self.pairs = tensor.untyped_storage().data_ptr(), []
+        self.address, self.writes, self.nothing_else = tensor.untyped_storage().data_ptr(), [], True
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        reads = any(isinstance(arg, torch.Tensor) and arg.untyped_storage().data_ptr() == self.address for arg in args)
-        if function is torch.ops.aten.fill_.Scalar:  # padding
-            self.pairs.append((args[0], torch.full_like(*args)))
-        elif reads and function is torch.ops.aten.copy_.default:
-            self.pairs.append(args[:2])
-        elif reads and not function.is_view:
-            raise EngineError(f"the model's loader uses {function} on weights; expected copies, which can be repeated")
+        copies = function is torch.ops.aten.copy_.default and args[1].untyped_storage().data_ptr() == self.address
+        if copies or function is torch.ops.aten.fill_.Scalar:
+            self.writes.append((function, args))
+        elif not function.is_view:
+            self.nothing_else = False
         return function(*args, **(kwargs or {}))
 
 
 def receive_weights(model: torch.nn.Module, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
-    """Runs in every scheduler process. The first sync brings all weights, in memory of the trainer that stays mapped,
-    and loads them by SGLang's own rules; later ones bring nothing, and repeat the copies that were made then."""
-    if named_tensors:
-        with NoteCopies(named_tensors[0][1]) as copies:
-            model.load_weights(named_tensors)
-        model.copies = list(zip(*copies.pairs, strict=True))
+    """Runs in every scheduler process. The first call brings all weights, in memory of the trainer that stays mapped,
+    and loads them by SGLang's own rules. Later ones bring none, and repeat the writes, if the rules come to no more."""
+    if named_tensors or not model.noted.nothing_else:
+        model.mapped = named_tensors or model.mapped
+        with NoteWrites(model.mapped[0][1]) as model.noted:
+            model.load_weights(model.mapped)
+        print(f"weights: {len(model.noted.writes)} writes, to be repeated: {model.noted.nothing_else}", flush=True)
     else:
-        torch._foreach_copy_(*model.copies)  # all at once
-    torch.get_device_module(model.copies[0][0].device).synchronize()  # the trainer may write there again
+        for function, args in model.noted.writes:
+            function(*args)
+    torch.get_device_module(next(model.parameters()).device).synchronize()  # the trainer may write there again
 
 
 def draw_with_seeds(logprobs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -409,28 +384,26 @@ def prepare_cpu_engine() -> None:
 def log_to(path: str) -> None:
     """What this process and its children print goes to a file from now on."""
     with open(path, "ab") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
 
 
 def engine_args(config: Config, placement: EnginePlacement, model: str) -> dict[str, Any]:
-    """The arguments of `sglang.Engine`."""
     args = dict(model_path=model, trust_remote_code=config.trust_remote_code, context_length=config.context_length,
                 base_gpu_id=placement.base_gpu_id, tp_size=len(placement.bundles), random_seed=config.seed,
                 skip_tokenizer_init=True, log_level="info", device=config.device, weight_version="0",
                 custom_weight_loader=[f"{__name__}.receive_weights"],
                 decode_log_interval=config.max_new_tokens)  # so that the log says whether graphs are replayed
+    samples = config.prompts_per_step * config.group_size
     if config.device == "cpu":
-        samples = config.prompts_per_step * config.group_size
-        return args | dict(dtype="float32", max_running_requests=samples, sleep_on_idle=True,  # else it takes a core
-                           max_total_tokens=64 * samples + 2 * config.context_length)
+        return args | dict(dtype="float32", max_total_tokens=64 * samples + 2 * config.context_length,
+                           max_running_requests=samples, sleep_on_idle=True)  # else it takes a core
     return args | dict(dtype="bfloat16", mem_fraction_static=config.mem_fraction, enable_memory_saver=True,
                        enforce_disable_flashinfer_allreduce_fusion=True)  # it needs NVLink multicast
 
 
 class Engine:
     """A Ray actor with an in-process SGLang engine. It dies with any of SGLang's processes; its calls queue up."""
-
     def __init__(self, log: str, placement: EnginePlacement):
         self.name = f"engine {placement.engine} (base_gpu_id {placement.base_gpu_id} on {placement.node_ip})"
         self.uuids, self.log, self._asleep = [bundle.uuid for bundle in placement.bundles], log, set()
@@ -440,12 +413,12 @@ class Engine:
 
     def start(self, args: dict[str, Any], prefer: str = "resident", pool: GraphPool | None = None) -> list[dict]:
         """Start SGLang, with `pool` in place of the plan if given; returns each scheduler's reading, by tp_rank."""
-        alloc_conf = next(filter(None, [os.environ.pop(name, "") for name in ALLOCATOR_VARIABLES]), "")
+        alloc_conf = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF", "")  # as torch
         pool = pool or plan_graph_pool(importlib.metadata.version("sglang"), args.get("enable_memory_saver", False),
                                        args["tp_size"], alloc_conf, prefer)
-        os.environ |= {"SGLANG_MEMORY_SAVER_CUDA_GRAPH": str(pool.in_saver).lower(),
-                       "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{self.log}.rendezvous"}  # needs no port
-        os.environ |= {ALLOCATOR_VARIABLES[0]: pool.alloc_conf} if pool.alloc_conf else {}
+        os.environ |= {"SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{self.log}.rendezvous",  # needs no port
+                       "SGLANG_MEMORY_SAVER_CUDA_GRAPH": str(pool.in_saver).lower(),
+                       "PYTORCH_CUDA_ALLOC_CONF": pool.alloc_conf, "PYTORCH_ALLOC_CONF": pool.alloc_conf}
         print(pool.why, flush=True)
         try:
             if args["device"] == "cpu":
@@ -494,12 +467,12 @@ class Engine:
         self.engine.resume_memory_occupation(list(tags))
         self._asleep -= set(tags)
 
-    def update_weights(self, handles: list[bytes], version: str) -> None:
-        """Load all weights; `handles[r]`, for tp_rank r, is that of the trainer rank on its GPU."""
-        # The KV cache is from older weights, so it is flushed; one that sleeps was flushed on its way down.
-        self._ask("update_weights_from_tensor", "UpdateWeightsFromTensorReqInput", serialized_named_tensors=handles,
-                  load_format=f"{__name__}.receive_weights", weight_version=version,
-                  flush_cache="kv_cache" not in self._asleep)
+    def update_weights(self, version: str, handles: Sequence[bytes] = ()) -> None:
+        """Load all weights, the first time from `handles[r]` for tp_rank r, that of the trainer rank on its GPU; a
+        KV cache from older weights is flushed, as it was if it sleeps."""
+        self._ask("update_weights_from_tensor", "UpdateWeightsFromTensorReqInput", weight_version=version,
+                  serialized_named_tensors=handles or [bytes(ForkingPickler.dumps([]))] * len(self.uuids),
+                  load_format=f"{__name__}.receive_weights", flush_cache="kv_cache" not in self._asleep)
 
     def check_weights(self, action: str) -> None:
         """SGLang's checker: "snapshot" keeps the weights, "reset_tensors" spoils them, "compare" wants them equal."""
@@ -527,35 +500,32 @@ class Engine:
 # ---- 5. Trainer: one Ray actor a GPU; FSDP2; offload and onload; weights out ----------------------------------------
 class Trainer:
     """A Ray actor on one GPU: the policy and its optimizer, sharded over all ranks."""
-
     def __init__(self, log: str, rank: int, bundle: Bundle, config: Config):
         log_to(log)
         self.rank, self.config, self.bundle, self.on_gpu = rank, config, bundle, config.device == "cuda"
-        if not self.on_gpu:
-            prepare_cpu_engine()  # `weights` imports parts of SGLang
         import transformers  # noqa: F401  slow: here it happens while the engines start
         self.device = torch.device("cuda", bundle.local_index) if self.on_gpu else torch.device("cpu")
         self.backend = torch.get_device_module(self.device)  # torch.cuda or torch.cpu
+        self.dtype = torch.bfloat16 if self.on_gpu else torch.float32  # the engine's; here weights and sums are in fp32
         self._host: list[torch.Tensor] = []  # what offload moved, in the order of _storages
-        self._whole: Sequence[torch.Tensor] = ()  # all weights, as the engine gets them
 
     def start(self, rendezvous: str, world_size: int, model: str, resume: bool = False) -> dict[str, Any]:
         """Join the process group, by a file that all ranks see, and load the model; to `resume`, the optimizer, too."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         from transformers import AutoModelForCausalLM
         self.backend.set_device(self.device)
-        if not self.on_gpu:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))  # Ray sets 1
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))  # Ray sets 1
         dist.init_process_group("nccl" if self.on_gpu else "gloo", init_method=f"file://{rendezvous}", rank=self.rank,
                                 world_size=world_size, timeout=timedelta(seconds=self.config.timeout))
         mesh = dist.init_device_mesh(self.device.type, (world_size,))
-        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if self.on_gpu else MixedPrecisionPolicy()
+        precision = MixedPrecisionPolicy(self.dtype, torch.float32)
         self.model = AutoModelForCausalLM.from_pretrained(
             model, dtype=torch.float32, trust_remote_code=self.config.trust_remote_code)
         layers = [m for m in self.model.modules() if type(m).__name__ in (self.model._no_split_modules or ())]
         for module in (*layers, self.model):  # moved to the device shard by shard
             fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate, weight_decay=0.0,
+                                           fused=True)
         if resume:
             state = torch.load(f"{model}/optimizer.pt", weights_only=True)
             set_optimizer_state_dict(self.model, self.optimizer, state, options=StateDictOptions(full_state_dict=True))
@@ -570,26 +540,28 @@ class Trainer:
         totals = [batch["mask"][share.flatten()].sum().item() for share in rows]  # tokens of all ranks
         parts = [{name: column[share[self.rank]].to(self.device) for name, column in batch.items()} for share in rows]
         with torch.no_grad():
-            for part in parts:
+            for part in parts[1:]:  # the first share trains with the weights that its old_logprobs are of
                 part["old_logprobs"] = torch.cat([*map(self._logprobs, part["tokens"].split(config.micro_batch))])
-        difference = torch.cat([(p["old_logprobs"] - p["rollout_logprobs"]).abs()[p["mask"] > 0] for p in parts])
-        metrics |= {"difference_max": difference.max().item(), "difference_mean": difference.sum().item() / sum(totals)}
         for part, total in zip(parts, totals, strict=True):
+            logprobs_before = []
             for micro in torch.arange(len(part["tokens"])).split(config.micro_batch):
                 columns = {name: column[micro] for name, column in part.items()}
                 logprobs = self._logprobs(columns.pop("tokens"))
+                logprobs_before.append(columns.setdefault("old_logprobs", logprobs.detach()))
                 loss = grpo_loss(logprobs, **columns, num_tokens=total, importance_cap=2.0)
                 (loss * ranks).backward()  # FSDP averages over ranks; the loss is a share of a sum
                 metrics["loss"] += loss.item() / len(parts)
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=1.0)
-            metrics["grad_norm"] = norm.full_tensor().item()
-            if not math.isfinite(metrics["grad_norm"]):
+            part["old_logprobs"] = torch.cat(logprobs_before)
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=1.0).full_tensor()
+            metrics["grad_norm"] = norm.item()
+            if not norm.isfinite():  # this all ranks see alike; a tensor of one rank must not decide
                 metrics["bad"] = metrics["bad"] or first_bad(part) or "gradient"
             if not metrics["bad"]:
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()  # the engine wakes next; without a GPU nothing happens
-        return metrics
+        gap = torch.cat([(p["old_logprobs"] - p["rollout_logprobs"]).abs()[p["mask"] > 0] for p in parts])
+        return metrics | {"difference_max": gap.max().item(), "difference_mean": gap.sum().item() / sum(totals)}
 
     def _logprobs(self, tokens: torch.Tensor) -> torch.Tensor:
         """Log-probability of each next token, [B, T] -> [B, T-1]; with padding on the right, causality masks it."""
@@ -597,7 +569,6 @@ class Trainer:
         return token_logprobs(logits / self.config.temperature, tokens[:, 1:])
 
     def _storages(self) -> list[torch.UntypedStorage]:
-        """All that this rank keeps on its device between steps."""
         moments = [state[name] for state in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
         return [tensor.to_local().untyped_storage() for tensor in (*self.model.parameters(), *moments)]
 
@@ -611,8 +582,7 @@ class Trainer:
         self.backend.synchronize()
         for storage in storages:
             storage.resize_(0)
-        if self.on_gpu:
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # without a GPU nothing happens
 
     def onload(self) -> None:
         """Bring back what `offload` moved. Tensors stay the same objects; the storage behind them comes and goes."""
@@ -621,31 +591,28 @@ class Trainer:
             torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage).copy_(host, non_blocking=True)
         self.backend.synchronize()
 
-    def weights(self) -> bytes:
-        """All ranks at once: gather the weights into a buffer. Returns, the first time, a handle to all of its tensors,
-        to be opened exactly once; later one to none, for who opened it still sees the buffer."""
-        from sglang.srt.utils import MultiprocessingSerializer
-        from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
-        parameters, ranks, named = dict(self.model.named_parameters()), dist.get_world_size(), []  # tied weights once
-        if not self._whole:
-            # For each parameter a slot a rank, all of one size, so that ranks gather in place; FSDP shards the rows.
-            sizes = [-(-p.shape[0] // ranks) * math.prod(p.shape[1:]) for p in parameters.values()]
-            dtype = torch.bfloat16 if self.on_gpu else torch.float32
-            buffer = torch.empty(ranks * sum(sizes), dtype=dtype, device=self.device)
-            self._whole = buffer.split([ranks * size for size in sizes])
-            self._slots = [whole.chunk(ranks)[self.rank] for whole in self._whole]
-            named = [(name, whole[: parameter.numel()].view(parameter.shape))
-                     for (name, parameter), whole in zip(parameters.items(), self._whole, strict=True)]
-        with torch.no_grad():
-            own = [parameter.to_local().flatten() for parameter in parameters.values()]
-        torch._foreach_copy_([slot[: len(shard)] for slot, shard in zip(self._slots, own, strict=True)], own)
-        if ranks > 1:
-            dist.group.WORLD.allgather_into_tensor_coalesced(self._whole, self._slots).wait()
-        self.backend.synchronize()  # the reader, in another process, does not wait for this stream
+    def share_weights(self) -> bytes:
+        """Once: make the buffer through which the engine gets all weights; returns a handle to its tensors."""
+        parameters, ranks = dict(self.model.named_parameters()), dist.get_world_size()  # tied weights come once
+        # For each parameter a slot a rank, all of one size, so that ranks gather in place; FSDP shards the rows.
+        sizes = [-(-p.shape[0] // ranks) * math.prod(p.shape[1:]) for p in parameters.values()]
+        buffer = torch.full([ranks * sum(sizes)], torch.nan, dtype=self.dtype, device=self.device)
+        self._whole = buffer.split([ranks * size for size in sizes])
+        self._slots = [whole.chunk(ranks)[self.rank] for whole in self._whole]
         if self.on_gpu:
+            from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
             monkey_patch_torch_reductions()  # the handle names its device by UUID
         torch.multiprocessing.set_sharing_strategy("file_system")  # on a CPU: by name, for the reader is no child
-        return MultiprocessingSerializer.serialize(named)
+        return bytes(ForkingPickler.dumps([(name, whole[: p.numel()].view(p.shape)) for (name, p), whole
+                                           in zip(parameters.items(), self._whole, strict=True)]))
+
+    def gather_weights(self) -> None:
+        """All ranks at once: fill the buffer."""
+        shards = [parameter.detach().to_local().flatten() for parameter in self.model.parameters()]
+        torch._foreach_copy_([slot[: len(shard)] for slot, shard in zip(self._slots, shards, strict=True)], shards)
+        if dist.get_world_size() > 1:
+            dist.group.WORLD.allgather_into_tensor_coalesced(self._whole, self._slots).wait()
+        self.backend.synchronize()  # the reader, in another process, does not wait for this stream
 
     def save(self, folder: str) -> None:
         """All ranks at once: gather weights and optimizer state in fp32; rank 0 writes what `start` can load."""
@@ -657,7 +624,6 @@ class Trainer:
 
 
 def first_bad(tensors: dict[str, torch.Tensor]) -> str | None:
-    """The name of the first that holds a NaN or an infinity."""
     return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
@@ -684,10 +650,9 @@ def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: to
 
     Log-probabilities are [B, T] in nats: of the policy that learns, with gradient; `old`, the trainer's before the
     first update on this batch; `ref`, the reference's; `rollout`, the engine's. advantages: [B] or [B, T]. mask [B, T]:
-    1 for response tokens. num_tokens: of the whole batch, over micro-batches and ranks, so that their losses sum up to
-    the mean over tokens (DAPO, equation 8). The ratio counts within [1 - clip_low, 1 + clip_high] (DAPO, section 3.1).
-    kl_coef weighs the k3 estimate of KL(policy || reference) (joschu.net/blog/kl-approx.html). With importance_cap,
-    tokens weigh min(old / rollout, cap)."""
+    1 for response tokens. num_tokens: over all micro-batches and ranks, whose losses sum up to the mean over tokens
+    (DAPO, equation 8). The ratio counts within [1 - clip_low, 1 + clip_high] (DAPO, section 3.1). kl_coef weighs the k3
+    KL to a reference (joschu.net/blog/kl-approx.html). With importance_cap, tokens weigh min(old / rollout, cap)."""
     advantages = advantages.unsqueeze(-1) if advantages.dim() == 1 else advantages  # [B] -> [B, 1]
     padding = mask == 0  # whatever stands there, even an infinity, must not reach the loss or its gradient
     ratio = torch.exp((logprobs - old_logprobs).masked_fill(padding, 0.0))
@@ -746,19 +711,15 @@ def sums_task(config: Config) -> Task:
 # ---- 8. Loop: phases, metrics ----------------------------------------------------------------------------------------
 class Loop:
     """Engines and trainers that share the GPUs of a plan, and the phases of a step."""
-
     def __init__(self, config: Config, task: Task, folder: Path, group: PlacementGroup, plan: list[EnginePlacement]):
-        self.config, self.task, self.folder, self.plan, self.version = config, task, folder, plan, 0
-        self.seconds, self.used = {}, {}  # by phase: its time, and the GiB used after it on each GPU, rank by rank
-        self.logs: dict[Any, Path] = {}  # by actor
-
         def actor(kind: type, number: int, bundle: Bundle, share: float, *args: Any) -> Any:
             log = folder / f"{kind.__name__.lower()}{number}.log"
             handle = ray.remote(kind).options(**on_bundle(group, bundle.index, share)).remote(str(log), *args)
             log.touch()
             self.logs[handle] = log
             return handle
-
+        self.config, self.task, self.folder, self.plan, self.version = config, task, folder, plan, 0
+        self.phases, self.logs = {}, {}  # by phase: seconds_, and gib_ used after it on each GPU; by actor
         bundles = [bundle for place in plan for bundle in place.bundles]  # rank by rank
         self.engines = [actor(Engine, i, place.bundles[0], ENGINE_SHARE, place) for i, place in enumerate(plan)]
         self.trainers = [actor(Trainer, i, b, TRAINER_SHARE, i, b, config) for i, b in enumerate(bundles)]
@@ -767,7 +728,7 @@ class Loop:
         """Call a method of all actors at once, with common arguments or each with its own, and wait for all."""
         calls = [getattr(actor, method).remote(*(own[i] if own else common)) for i, actor in enumerate(actors)]
         try:
-            return wait_for(calls, self.config.timeout, method, [actor for actor in self.logs if actor not in actors])
+            return wait_for(calls, self.config.timeout, method, self.logs)
         except ray.exceptions.RayActorError as error:
             dead = next(actor for actor in self.logs if actor._actor_id.hex() == error.actor_id)
             ((name, report),) = self.read_logs([dead]).items()
@@ -787,33 +748,32 @@ class Loop:
         self.timed("asleep", self.each, self.engines, "sleep")
         readings = self.each(self.trainers, "start", str(self.folder / "rendezvous"), len(self.trainers), model, resume)
         self.devices = check_same_device(readings, self.schedulers)
-        # Overwritten with noise and sent by the trainer, weights must be those loaded from disk; only GPUs can compare.
+        # Overwritten with NaNs, then noise, and sent, weights must be those loaded from disk; only GPUs can compare.
         self.each(self.engines, "wake", ["weights"])
-        self.sync_weights()  # the first teaches the schedulers what the others repeat
+        handles, tp = self.each(self.trainers, "share_weights"), self.config.gpus_per_engine
+        self.each(self.engines, "update_weights", own=[("0", handles[i : i + tp]) for i in range(0, len(handles), tp)])
         self.each(self.engines, "check_weights", "reset_tensors")
         self.sync_weights()
         if self.config.device == "cuda":
             self.each(self.engines, "check_weights", "compare")
-            self.left = max(a - b for a, b in zip(self.used["asleep"], self.used["before"], strict=True))
+            self.left = max(a - b for a, b in zip(self.phases["gib_asleep"], self.phases["gib_before"], strict=True))
         self.each(self.trainers, "offload")
         self.each(self.engines, "wake", ["kv_cache", "cuda_graph"])
 
     def timed(self, phase: str, function: Callable, *args: Any) -> Any:
         start = time.perf_counter()
         result = function(*args)
-        self.seconds[phase] = time.perf_counter() - start
+        self.phases[f"seconds_{phase}"] = time.perf_counter() - start
         if self.config.device == "cuda":
-            self.used[phase] = sum(self.each(self.engines, "memory_used"), [])
+            self.phases[f"gib_{phase}"] = sum(self.each(self.engines, "memory_used"), [])
         return result
 
     def step(self, step: int) -> dict[str, Any]:
-        config, self.seconds, self.used = self.config, {}, {}
+        config, self.phases = self.config, {}
         metrics = {"step": step} if step else {"step": step, "heldout_reward_before": self.score_heldout()}
         problems = random.Random(f"{config.seed}/{step}").sample(self.task.problems[64:], config.prompts_per_step)
         group = [problem for problem in problems for _ in range(config.group_size)]  # [P] -> [P*G]
-        seeds = random.Random(f"{config.seed}/{step}/sampling")
-        sampling = [dict(sampling_seed=seeds.getrandbits(31), temperature=config.temperature) for _ in group]
-        samples, rewards = self.timed("generate", self.ask_engines, group, sampling)
+        samples, rewards = self.timed("generate", self.ask, group, f"{config.seed}/{step}/sampling", config.temperature)
         advantages = group_advantages(rewards.view(-1, config.group_size)).flatten()  # [P*G] -> [P, G] -> [P*G]
         self.timed("sleep", self.each, self.engines, "sleep")
         self.timed("onload", self.each, self.trainers, "onload")
@@ -825,18 +785,17 @@ class Loop:
             self.timed("checkpoint", self.each, self.trainers, "save", str(self.folder.parent / "unfinished"))
         self.timed("offload", self.each, self.trainers, "offload")
         self.timed("wake", self.each, self.engines, "wake", ["kv_cache", "cuda_graph"])
-        metrics |= {"reward": rewards.mean().item(),
-                    "tokens_per_second": sum(len(s.response_ids) for s in samples) / self.seconds["generate"]}
+        tokens = sum(len(sample.response_ids) for sample in samples)
+        metrics |= {"reward": rewards.mean().item(), "tokens_per_second": tokens / self.phases["seconds_generate"]}
         metrics |= {"heldout_reward": self.score_heldout()} if due else {}
-        return (metrics | trained | {f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()}
-                | {f"gib_{phase}": used for phase, used in self.used.items()})
+        return metrics | trained | self.phases
 
-    def ask_engines(self, problems: Sequence[tuple], sampling: list[dict]) -> tuple[list[Sample], torch.Tensor]:
+    def ask(self, problems: list[tuple], seed: str, temperature: float) -> tuple[list[Sample], torch.Tensor]:
         """Deal the problems' prompts out to the engines in equal shares; answers and rewards come in the same order."""
-        sampling = [params | {"max_new_tokens": self.config.max_new_tokens} for params in sampling]
-        share = -(-len(problems) // len(self.engines))
-        own = [([prompt for prompt, _ in problems[at : at + share]], sampling[at : at + share])
-               for at in range(0, len(problems), share)]
+        seeds, params = random.Random(seed), dict(temperature=temperature, max_new_tokens=self.config.max_new_tokens)
+        sampling = [params | {"sampling_seed": seeds.getrandbits(31)} for _ in problems]
+        prompts, share = [prompt for prompt, _ in problems], -(-len(problems) // len(self.engines))
+        own = [(prompts[at : at + share], sampling[at : at + share]) for at in range(0, len(prompts), share)]
         samples = sum(self.each(self.engines[: len(own)], "generate", own=own), [])
         if stale := {sample.weight_version for sample in samples} - {str(self.version)}:
             raise EngineError(f"weight_version of samples is {stale}; expected {self.version}: a sync did not arrive")
@@ -845,8 +804,7 @@ class Loop:
         return samples, torch.tensor(rewards)
 
     def score_heldout(self) -> float:
-        """Mean reward of greedy answers to the held-out problems."""
-        return self.ask_engines(self.task.problems[:64], [{"temperature": 0.0}] * 64)[1].mean().item()
+        return self.ask(self.task.problems[:64], "greedy", 0.0)[1].mean().item()
 
     def train(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
         results = self.each(self.trainers, "train", ray.put(batch))
@@ -860,30 +818,27 @@ class Loop:
                 "logprob_difference_max": max(r["difference_max"] for r in results), "logprob_difference_mean": mean}
 
     def sync_weights(self) -> None:
-        """From each trainer rank to the scheduler on the same GPU."""
         self.version += 1
-        handles, tp = self.each(self.trainers, "weights"), self.config.gpus_per_engine
-        own = [(handles[at : at + tp], str(self.version)) for at in range(0, len(handles), tp)]
-        self.each(self.engines, "update_weights", own=own)
+        self.each(self.trainers, "gather_weights")
+        self.each(self.engines, "update_weights", str(self.version))
 
     def checklist(self, metrics: list[dict[str, Any]]) -> list[tuple[str, bool | None, str]]:
         """What this run has read of itself: (what, whether it is right or None if it cannot be read, the reading)."""
-        tp, last, ranks = self.config.gpus_per_engine, metrics[-1], len(self.devices)
+        first, last, tp, ranks = metrics[0], metrics[-1], self.config.gpus_per_engine, len(self.devices)
         mean, most = (max((row.get(f"logprob_difference_{kind}", 0) for row in metrics)) for kind in ("mean", "max"))
-        before, after = metrics[0]["heldout_reward_before"], last["heldout_reward"]
+        before, after, made = first["heldout_reward_before"], last["heldout_reward"], sum("loss" in r for r in metrics)
         lines = [
             ("server started", True, f"{len(self.plan)} engine(s) of TP={tp}"),
             ("weight version", True, f"that of the last sync in every sample; {self.version} syncs acknowledged"),
             ("rollout and trainer agree", True, f"log-probabilities differ by {mean:.2g} nats, at most {most:.2g}"),
-            ("training steps", not (skipped := sum("skipped" in row for row in metrics)) and
-             len(metrics) == self.config.steps, f"{len(metrics) - skipped} of {self.config.steps}"),
+            ("training steps", made == self.config.steps, f"{made} of {self.config.steps}"),
             ("held-out reward", after > before, f"{before:.3f} -> {after:.3f}")]
         if self.config.device == "cpu":
             return lines + [("same GPU, all-reduce v2, CUDA graphs, exact weights, memory", None, "needs a GPU")]
         reports = self.read_logs(self.engines).values()
         errors = "\n".join(line for report in reports for line in report.errors)
         used, graphs = {s["all_reduce"] for s in self.schedulers}, [g for r in reports for g in r.graphs.values()]
-        grown = max(last["gib_wake"]) - max(metrics[0]["gib_wake"])
+        grown = max(last["gib_wake"]) - max(first["gib_wake"])
         return lines + [
             ("same GPU", True, f"trainer and scheduler read the same UUID in {ranks} of {ranks} ranks"),
             ("all-reduce v2", used == {"CustomAllReduceV2"} if tp > 1 else None, f"TP={tp}, schedulers use {used}"),
@@ -914,7 +869,6 @@ def make_batch(samples: Sequence[Sample], advantages: torch.Tensor) -> dict[str,
 
 
 def plot(metrics: list[dict[str, Any]], path: Path) -> None:
-    """Reward and phase times, by step."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 3.5), layout="constrained")
     for axes, kind in zip(figure.subplots(1, 2), ("reward", "seconds_"), strict=True):
@@ -930,7 +884,6 @@ def run(config: Config, task: Task, folder: Path, metrics: list[dict], stopped_b
         stopped_by.append(number)
         if armed and armed.pop():
             raise KeyboardInterrupt  # ray.get passes it on; of a SystemExit it makes its own
-
     armed = [True]  # to raise once, and not in the clean-up, which comes to its end
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
@@ -947,11 +900,13 @@ def run(config: Config, task: Task, folder: Path, metrics: list[dict], stopped_b
         signal.signal(signal.SIGTERM, stop)  # again: Ray's native code has just set a handler that aborts
         group = create_placement_group(config.gpus, config.placement_timeout)
         plan = plan_engines(probe_bundles(group, config.placement_timeout), config.gpus_per_engine)
-        print(placement_table(plan), flush=True)
+        for place in plan:
+            for rank, b in enumerate(place.bundles):
+                print(f"bundle {b.index} -> node {b.node_ip} -> Ray id {b.gpu_id!r} -> local index {b.local_index} -> "
+                      f"{b.uuid or 'no GPU'} -> engine {place.engine} tp_rank {rank} base_gpu_id {place.base_gpu_id}")
         if config.dry_run:
             return
-        attempt = folder / f"attempt{len(list(folder.glob('attempt*')))}"
-        attempt.mkdir(parents=True)
+        (attempt := folder / f"attempt{len(list(folder.glob('attempt*')))}").mkdir(parents=True)
         shutil.rmtree(unfinished := folder / "unfinished", ignore_errors=True)  # a checkpoint that was cut off
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
         checkpoint = max(folder.glob("checkpoint-*"), default=folder / "checkpoint-000000")
