@@ -336,12 +336,15 @@ class NoteWrites(TorchDispatchMode):
     """Notes what a model's loader copies out of a tensor's memory, what it fills, and whether it does nothing else."""
     def __init__(self, tensor: torch.Tensor):
         super().__init__()
-        self.address, self.writes, self.nothing_else = tensor.untyped_storage().data_ptr(), [], True
+        self.address, self.nothing_else = tensor.untyped_storage().data_ptr(), True
+        self.targets, self.sources, self.fills = [], [], []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        copies = function is torch.ops.aten.copy_.default and args[1].untyped_storage().data_ptr() == self.address
-        if copies or function is torch.ops.aten.fill_.Scalar:
-            self.writes.append((function, args))
+        if function is torch.ops.aten.copy_.default and args[1].untyped_storage().data_ptr() == self.address:
+            self.targets.append(args[0])
+            self.sources.append(args[1])
+        elif function is torch.ops.aten.fill_.Scalar:
+            self.fills.append(args)
         elif not function.is_view:
             self.nothing_else = False
         return function(*args, **(kwargs or {}))
@@ -354,10 +357,12 @@ def receive_weights(model: torch.nn.Module, named_tensors: list[tuple[str, torch
         model.mapped = named_tensors or model.mapped
         with NoteWrites(model.mapped[0][1]) as model.noted:
             model.load_weights(model.mapped)
-        print(f"weights: {len(model.noted.writes)} writes, to be repeated: {model.noted.nothing_else}", flush=True)
+        print(f"weights: {len(model.noted.targets)} copies, {len(model.noted.fills)} fills, nothing else: "
+              f"{model.noted.nothing_else}", flush=True)
     else:
-        for function, args in model.noted.writes:
-            function(*args)
+        for tensor, value in model.noted.fills:
+            tensor.fill_(value)
+        torch._foreach_copy_(model.noted.targets, model.noted.sources)
     torch.get_device_module(next(model.parameters()).device).synchronize()  # the trainer may write there again
 
 
@@ -396,7 +401,8 @@ def engine_args(config: Config, placement: EnginePlacement, model: str) -> dict[
                 decode_log_interval=config.max_new_tokens)  # so that the log says whether graphs are replayed
     samples = config.prompts_per_step * config.group_size
     if config.device == "cpu":
-        return args | dict(dtype="float32", max_total_tokens=64 * samples + 2 * config.context_length,
+        # Room for the longest of all: where SGLang has to interrupt a request for want of it, it needs CUDA.
+        return args | dict(dtype="float32", max_total_tokens=(samples + 1) * config.context_length,
                            max_running_requests=samples, sleep_on_idle=True)  # else it takes a core
     return args | dict(dtype="bfloat16", mem_fraction_static=config.mem_fraction, enable_memory_saver=True,
                        enforce_disable_flashinfer_allreduce_fusion=True)  # it needs NVLink multicast
@@ -458,6 +464,9 @@ class Engine:
     def sleep(self, tags: Sequence[str] = MEMORY_TAGS) -> None:
         """Release the GPU memory behind the tags. Weights come back as garbage: send them after the wake."""
         self._expect("sleep", awake=tags)
+        reply = self.engine.tokenizer_manager.flush_cache(timeout_s=60.0)  # of a batch in flight SGLang would die
+        if not self.engine.loop.run_until_complete(reply).success:
+            raise EngineError(f"{self.name} refused sleep: requests were in flight for 60 s; expected none")
         self.engine.release_memory_occupation(list(tags))
         self._asleep |= set(tags)
 
