@@ -1,8 +1,7 @@
 """Reinforcement learning on language models with rollout and training on the same GPUs ("colocate"), in one file.
 
-SGLang generates, torch (FSDP2) trains, Ray places both on the same GPUs, and they take turns. The mapping of GPU ids is
-read and checked, custom all-reduce v2 and CUDA graphs stay on, what generates is checked to be what was trained. GRPO
-(arXiv:2402.03300) with DAPO's token mean and asymmetric clip (arXiv:2503.14476) and truncated importance weights.
+SGLang generates, torch (FSDP2) trains, Ray places both, and they take turns; custom all-reduce v2 and CUDA graphs stay
+on. GRPO (arXiv:2402.03300) with DAPO's token mean and asymmetric clip (arXiv:2503.14476), truncated importance weights.
 
     python colocate_rl.py           # no GPU needed: a tiny model learns a toy task with the real engine; see --help
 """
@@ -75,6 +74,8 @@ class Config:
     learning_rate: float = _option(3e-3, "training", "of AdamW, constant")
     updates_per_step: int = _option(2, "training", "optimizer steps on a batch; the clip matters from the second on")
     micro_batch: int = _option(64, "training", "sequences in one forward and backward pass of a rank")
+    compile: bool = _option(False, "training", "torch.compile the layers and the log-probabilities")
+    offload: bool = _option(True, "training", "weights and optimizer state leave the GPU while the engine generates")
 
     def __post_init__(self) -> None:
         self.device = self.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
@@ -333,56 +334,50 @@ def run_scheduler(register_inputs: bool, server_args: Any, port_args: Any, gpu_i
 
 
 class NoteWrites(TorchDispatchMode):
-    """Notes what a model's loader copies out of a tensor's memory, what it fills, and whether it does nothing else."""
+    """Notes what a model's loader copies out of a tensor's memory, what it fills, and what else it does."""
     def __init__(self, tensor: torch.Tensor):
         super().__init__()
-        self.address, self.nothing_else = tensor.untyped_storage().data_ptr(), True
-        self.targets, self.sources, self.fills = [], [], []
+        self.address, self.copies, self.fills, self.others = tensor.untyped_storage().data_ptr(), [], [], []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is torch.ops.aten.copy_.default and args[1].untyped_storage().data_ptr() == self.address:
-            self.targets.append(args[0])
-            self.sources.append(args[1])
+            self.copies.append(args[:2])
         elif function is torch.ops.aten.fill_.Scalar:
             self.fills.append(args)
         elif not function.is_view:
-            self.nothing_else = False
+            self.others.append(str(function))
         return function(*args, **(kwargs or {}))
 
 
 def receive_weights(model: torch.nn.Module, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
     """Runs in every scheduler process. The first call brings all weights, in memory of the trainer that stays mapped,
     and loads them by SGLang's own rules. Later ones bring none, and repeat the writes, if the rules come to no more."""
-    if named_tensors or not model.noted.nothing_else:
+    if named_tensors or model.noted.others:
         model.mapped = named_tensors or model.mapped
         with NoteWrites(model.mapped[0][1]) as model.noted:
             model.load_weights(model.mapped)
-        print(f"weights: {len(model.noted.targets)} copies, {len(model.noted.fills)} fills, nothing else: "
-              f"{model.noted.nothing_else}", flush=True)
+        print(f"load: {len(model.noted.copies)} copies {len(model.noted.fills)} fills", *model.noted.others, flush=True)
     else:
         for tensor, value in model.noted.fills:
             tensor.fill_(value)
-        torch._foreach_copy_(model.noted.targets, model.noted.sources)
+        torch._foreach_copy_(*map(list, zip(*model.noted.copies, strict=True)))
     torch.get_device_module(next(model.parameters()).device).synchronize()  # the trainer may write there again
 
 
 def draw_with_seeds(logprobs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """One draw from each row's distribution by inverting its cumulative sum; [B, V], [B], [B] -> [B, 1]."""
-    pairs = zip(seeds.tolist(), positions.tolist(), strict=True)
-    uniform = torch.tensor([[random.Random(f"{seed}/{at}").random()] for seed, at in pairs])  # [B, 1]
+    uniform = torch.tensor([[random.Random(f"{s}/{p}").random()] for s, p in zip(seeds.tolist(), positions.tolist())])
     cumulative = logprobs.exp().cumsum(dim=-1)
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).clamp(max=logprobs.shape[1] - 1)
 
 
-def prepare_cpu_engine() -> None:
+def prepare_cpu_engine(folder: str) -> None:
     """Let SGLang be imported without libcuda: a stub stands for `sgl_kernel`, of which a CPU engine calls nothing."""
-    package = Path.home() / ".cache/colocate_rl/sgl_kernel"
-    package.mkdir(parents=True, exist_ok=True)
+    package = Path(folder) / "sgl_kernel"
+    package.mkdir(parents=True)
     (package / "__init__.py").touch()
-    draft = package / f"{os.getpid()}.py"
-    draft.write_text("def __getattr__(name):\n    if name[:2] == '__':\n        raise AttributeError(name)\n")
-    os.replace(draft, package / "kvcacheio.py")  # whole at any time: other processes import it
-    sys.path.insert(0, str(package.parent))  # child processes inherit it
+    (package / "kvcacheio.py").write_text("__getattr__ = {}.get")  # whatever is imported from it is None
+    sys.path.insert(0, folder)  # child processes inherit it
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 
 
@@ -401,9 +396,8 @@ def engine_args(config: Config, placement: EnginePlacement, model: str) -> dict[
                 decode_log_interval=config.max_new_tokens)  # so that the log says whether graphs are replayed
     samples = config.prompts_per_step * config.group_size
     if config.device == "cpu":
-        # Room for the longest of all: where SGLang has to interrupt a request for want of it, it needs CUDA.
-        return args | dict(dtype="float32", max_total_tokens=(samples + 1) * config.context_length,
-                           max_running_requests=samples, sleep_on_idle=True)  # else it takes a core
+        return args | dict(dtype="float32", max_running_requests=samples, sleep_on_idle=True,  # else it takes a core
+                           max_total_tokens=(samples + 1) * config.context_length)  # if these run out, it needs CUDA
     return args | dict(dtype="bfloat16", mem_fraction_static=config.mem_fraction, enable_memory_saver=True,
                        enforce_disable_flashinfer_allreduce_fusion=True)  # it needs NVLink multicast
 
@@ -428,7 +422,7 @@ class Engine:
         print(pool.why, flush=True)
         try:
             if args["device"] == "cpu":
-                prepare_cpu_engine()
+                prepare_cpu_engine(f"{self.log}.stub")
             elif (visible := os.environ.get("CUDA_VISIBLE_DEVICES", "")).startswith("GPU-"):
                 # Where SGLang reads UUIDs instead of numbers, it goes on without all-reduce v2.
                 uuids = [pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(i))
@@ -477,8 +471,7 @@ class Engine:
         self._asleep -= set(tags)
 
     def update_weights(self, version: str, handles: Sequence[bytes] = ()) -> None:
-        """Load all weights, the first time from `handles[r]` for tp_rank r, that of the trainer rank on its GPU; a
-        KV cache from older weights is flushed, as it was if it sleeps."""
+        """Load all weights, at first from `handles[tp_rank]`; a KV cache of older ones is flushed, or it sleeps."""
         self._ask("update_weights_from_tensor", "UpdateWeightsFromTensorReqInput", weight_version=version,
                   serialized_named_tensors=handles or [bytes(ForkingPickler.dumps([]))] * len(self.uuids),
                   load_format=f"{__name__}.receive_weights", flush_cache="kv_cache" not in self._asleep)
@@ -486,10 +479,6 @@ class Engine:
     def check_weights(self, action: str) -> None:
         """SGLang's checker: "snapshot" keeps the weights, "reset_tensors" spoils them, "compare" wants them equal."""
         self._ask("check_weights", "CheckWeightsReqInput", action=action)
-
-    def shutdown(self) -> None:
-        """End SGLang's processes; nothing can be asked of this actor any more."""
-        self.engine.shutdown()
 
     def _ask(self, method: str, request: str, **fields: Any) -> None:
         from sglang.srt.managers import io_struct
@@ -527,10 +516,14 @@ class Trainer:
         dist.init_process_group("nccl" if self.on_gpu else "gloo", init_method=f"file://{rendezvous}", rank=self.rank,
                                 world_size=world_size, timeout=timedelta(seconds=self.config.timeout))
         mesh = dist.init_device_mesh(self.device.type, (world_size,))
-        precision = MixedPrecisionPolicy(self.dtype, torch.float32)
+        precision = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32)
         self.model = AutoModelForCausalLM.from_pretrained(
             model, dtype=torch.float32, trust_remote_code=self.config.trust_remote_code)
         layers = [m for m in self.model.modules() if type(m).__name__ in (self.model._no_split_modules or ())]
+        compiled = torch.compile if self.config.compile else lambda function: function
+        for layer in layers:
+            layer.forward = compiled(layer.forward)  # of the layer itself, FSDP's hooks would be a part
+        self._token_logprobs = compiled(token_logprobs)  # reads the logits once, and keeps none in fp32
         for module in (*layers, self.model):  # moved to the device shard by shard
             fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate, weight_decay=0.0,
@@ -539,8 +532,7 @@ class Trainer:
             state = torch.load(f"{model}/optimizer.pt", weights_only=True)
             set_optimizer_state_dict(self.model, self.optimizer, state, options=StateDictOptions(full_state_dict=True))
             self.optimizer.param_groups[0]["lr"] = self.config.learning_rate  # a resumed run may have another
-        device = next(self.model.parameters()).to_local().device  # in use, not as told
-        return {"rank": self.rank, **read_device(self.bundle.local_index if device.index is None else device.index)}
+        return {"rank": self.rank, **read_device(next(self.model.parameters()).to_local().device.index or 0)}  # in use
 
     def train(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
         """One optimizer step for each share of the rows; none from a "bad" tensor on, the first that is not finite."""
@@ -561,9 +553,8 @@ class Trainer:
                 (loss * ranks).backward()  # FSDP averages over ranks; the loss is a share of a sum
                 metrics["loss"] += loss.item() / len(parts)
             part["old_logprobs"] = torch.cat(logprobs_before)
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=1.0).full_tensor()
-            metrics["grad_norm"] = norm.item()
-            if not norm.isfinite():  # this all ranks see alike; a tensor of one rank must not decide
+            metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).full_tensor().item()
+            if not math.isfinite(metrics["grad_norm"]):  # all ranks see this alike; a tensor of one must not decide
                 metrics["bad"] = metrics["bad"] or first_bad(part) or "gradient"
             if not metrics["bad"]:
                 self.optimizer.step()
@@ -574,12 +565,13 @@ class Trainer:
 
     def _logprobs(self, tokens: torch.Tensor) -> torch.Tensor:
         """Log-probability of each next token, [B, T] -> [B, T-1]; with padding on the right, causality masks it."""
-        logits = self.model(input_ids=tokens, use_cache=False).logits[:, :-1].float()  # [B, T-1, V]
-        return token_logprobs(logits / self.config.temperature, tokens[:, 1:])
+        logits = self.model(input_ids=tokens[:, :-1], use_cache=False).logits  # [B, T-1, V]
+        return self._token_logprobs(logits, tokens[:, 1:], self.config.temperature)
 
     def _storages(self) -> list[torch.UntypedStorage]:
         moments = [state[name] for state in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-        return [tensor.to_local().untyped_storage() for tensor in (*self.model.parameters(), *moments)]
+        moving = (*self.model.parameters(), *moments) if self.config.offload else ()
+        return [tensor.to_local().untyped_storage() for tensor in moving]
 
     def offload(self) -> None:
         """Copy weights and optimizer state to pinned host memory, kept for the whole run, and free the device's."""
@@ -588,13 +580,13 @@ class Trainer:
                        for storage in storages[len(self._host) :]]
         for storage, host in zip(storages, self._host, strict=True):
             host.copy_(torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage), non_blocking=True)
+            storage.resize_(0)  # goes back to torch, which can use it after the copy only
         self.backend.synchronize()
-        for storage in storages:
-            storage.resize_(0)
         torch.cuda.empty_cache()  # without a GPU nothing happens
 
     def onload(self) -> None:
         """Bring back what `offload` moved. Tensors stay the same objects; the storage behind them comes and goes."""
+        torch.empty(sum(map(len, self._host)), dtype=torch.uint8, device=self.device)  # one cudaMalloc that all share
         for storage, host in zip(self._storages(), self._host, strict=True):
             storage.resize_(host.nbytes)
             torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage).copy_(host, non_blocking=True)
@@ -646,9 +638,10 @@ def group_advantages(rewards: torch.Tensor, scale: bool = True) -> torch.Tensor:
     return centred.masked_fill((rewards == rewards[:, :1]).all(dim=1, keepdim=True), 0.0)
 
 
-def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of the tokens in nats, [B, T, V], [B, T] -> [B, T]."""
-    return -torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Log-probabilities of the tokens in nats and fp32, [B, T, V], [B, T] -> [B, T]."""
+    logits = logits.flatten(0, 1).float() / temperature  # [B, T, V] -> [B*T, V]
+    return -torch.nn.functional.cross_entropy(logits, tokens.flatten(), reduction="none").view_as(tokens)
 
 
 def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, *,
@@ -847,12 +840,11 @@ class Loop:
         reports = self.read_logs(self.engines).values()
         errors = "\n".join(line for report in reports for line in report.errors)
         used, graphs = {s["all_reduce"] for s in self.schedulers}, [g for r in reports for g in r.graphs.values()]
-        grown = max(last["gib_wake"]) - max(first["gib_wake"])
+        grown, replayed = max(last["gib_wake"]) - max(first["gib_wake"]), all(report.replayed for report in reports)
         return lines + [
             ("same GPU", True, f"trainer and scheduler read the same UUID in {ranks} of {ranks} ranks"),
             ("all-reduce v2", used == {"CustomAllReduceV2"} if tp > 1 else None, f"TP={tp}, schedulers use {used}"),
-            ("CUDA graphs captured", len(graphs) == ranks, f"in {len(graphs)} of {ranks} ranks"),
-            ("CUDA graphs replayed", all(report.replayed for report in reports), "by decode batches of every engine"),
+            ("CUDA graphs", replayed and len(graphs) == ranks, f"captured in {len(graphs)} of {ranks} ranks, replayed"),
             ("no CUDA error", "CUDA error" not in errors, "in the engines' logs"),
             ("weights equal to the bit", "check_weights" not in errors, "in every rank, after a sync onto noise"),
             ("memory asleep", self.left < 0.5 * min(last["gib_wake"]), f"engines leave {self.left:.2f} GiB (< 50 %)"),
@@ -896,7 +888,6 @@ def run(config: Config, task: Task, folder: Path, metrics: list[dict], stopped_b
     armed = [True]  # to raise once, and not in the clean-up, which comes to its end
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = dict(runtime_env={"py_modules": [__file__]}, log_to_driver=False, logging_level="error")
     if "RAY_ADDRESS" not in os.environ:  # start Ray here, on loopback only; logical GPUs it must be told, not real ones
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
