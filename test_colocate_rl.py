@@ -1365,7 +1365,8 @@ def test_the_saved_model_loads_in_transformers_and_sglang(main_job, two_gpus, en
 # ---- GPUs -----------------------------------------------------------------------------------------------------------
 
 SGLANG = tuple(map(int, re.findall(r"\d+", version("sglang"))[:3]))
-GRAPH_SIZES = "cuda_graph_bs_decode" if SGLANG >= (0, 5, 14) else "cuda_graph_bs"
+GRAPH_SIZES, NO_PREFILL_GRAPH = (("cuda_graph_bs_decode", "disable_prefill_cuda_graph") if SGLANG >= (0, 5, 14)
+                                 else ("cuda_graph_bs", "disable_piecewise_cuda_graph"))
 
 
 def skip_below(count):
@@ -1754,18 +1755,28 @@ def colocated(request, tmp_path_factory):
     model = folder / "model"
     write_qwen3(shape, model)
     config = c.Config(gpus=tp, gpus_per_engine=tp, context_length=1024, prompts_per_step=64,
-                      group_size=8, max_new_tokens=256, micro_batch=32, learning_rate=1e-6)
+                      group_size=8, max_new_tokens=256, micro_batch=32, learning_rate=1e-6, compile=True)
     ray.init("local", include_dashboard=False, log_to_driver=False, runtime_env={"py_modules": [c.__file__]})
     group = c.create_placement_group(tp, 60)
     (folder / "attempt").mkdir()
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # what runs in the actors
     plan = c.plan_engines(c.probe_bundles(group, 60), tp)
-    loop = c.Loop(config, c.echo_task(config), folder / "attempt", group, plan)
+    task = c.echo_task(config)
+    task = task._replace(problems=[(16 * prompt, answer) for prompt, answer in task.problems])  # of 64 tokens
+    loop = c.Loop(config, task, folder / "attempt", group, plan)
     loop.start(str(model), resume=False)
     loop.model, loop.group = model, group
     yield shape, tp, loop
     ray.shutdown()
     shutil.rmtree(model)
+
+
+def end_of_step(loop):
+    """From trainers on the GPU and engines asleep to the state in which engines generate."""
+    loop.each(loop.engines, "wake", ["weights"])
+    loop.sync_weights()
+    loop.each(loop.trainers, "offload")
+    loop.each(loop.engines, "wake", ["kv_cache", "cuda_graph"])
 
 
 @pytest.mark.bench
@@ -1841,7 +1852,7 @@ def test_sleep_and_wake(colocated):
     loop.each(loop.trainers, "onload")
     in_actors(loop.trainers, step_once)
     moves = {"offload": [], "onload": []}
-    for _ in range(6):
+    for _ in range(9):
         for name, found in moves.items():
             start = time.perf_counter()
             loop.each(loop.trainers, name)
@@ -1853,9 +1864,8 @@ def test_sleep_and_wake(colocated):
         [name, spread(seconds), f"{size / 1e9 / sorted(seconds)[len(seconds) // 2]:.1f}"]
         for name, seconds in (("offload", moves["offload"][2:]), ("one pinned copy to the host", down[1:]),
                               ("onload", moves["onload"][2:]), ("one pinned copy to the device", up[1:]))])
-    loop.each(loop.engines, "wake", ["weights"])
-    loop.sync_weights()
-    loop.each(loop.engines, "wake", ["kv_cache", "cuda_graph"])
+    loop.each(loop.trainers, "onload")
+    end_of_step(loop)
 
 
 def training_batch():
@@ -1898,17 +1908,27 @@ def plain_steps(trainer, batch):
     return found, loss
 
 
-def profiled(trainer, batch):
-    from torch.profiler import ProfilerActivity, profile
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-        trainer.train(dict(batch))
-    return (found.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=60)
-            + found.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=60))
-
-
 def no_learning(trainer):
+    """The number of parameters."""
     trainer.optimizer.param_groups[0]["lr"] = 0.0
     trainer.config = c.dataclasses.replace(trainer.config, updates_per_step=1, micro_batch=32)
+    return sum(parameter.numel() for parameter in trainer.model.parameters())
+
+
+def as_before(trainer, config):
+    trainer.config = config
+
+
+def train_steps_uncompiled(trainer, batch):
+    layers = [module for module in trainer.model.modules() if "forward" in vars(module)]
+    compiled = [(layer, vars(layer).pop("forward")) for layer in layers], trainer._token_logprobs
+    trainer._token_logprobs = c.token_logprobs
+    try:
+        return train_steps(trainer, batch)
+    finally:
+        trainer._token_logprobs = compiled[1]
+        for layer, forward in compiled[0]:
+            layer.forward = forward
 
 
 @pytest.mark.bench
@@ -1918,22 +1938,19 @@ def test_training_step(colocated):
         pytest.skip("measured for 0.6B on one GPU")
     loop.each(loop.engines, "sleep")
     loop.each(loop.trainers, "onload")
-    in_actors(loop.trainers, no_learning)
-    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(loop.model).parameters())
-    rows = []
-    for name, function in (("this file", train_steps), ("transformers alone, bf16", plain_steps)):
+    parameters, rows, losses = in_actors(loop.trainers, no_learning)[0], [], []
+    for name, function in (("transformers alone, bf16", plain_steps), ("this file", train_steps_uncompiled),
+                           ("this file, --compile", train_steps)):
         found, loss = in_actors(loop.trainers, function, training_batch())[0]
-        if function is train_steps:
-            print(in_actors(loop.trainers, profiled, training_batch())[0])
+        losses.append(loss)
         median = sorted(found[3:])[len(found[3:]) // 2]
         rows.append([name, spread(found[3:]), f"{32 * 320 / median:.0f}",
                      f"{6 * parameters * 32 * 320 / median / 790e10:.1f}", f"{loss:.5f}", f"{found[0]:.1f}"])
-    print(f"\ntraining step, 32 x 320 tokens, Qwen3-{shape}")
+    print(f"\ntraining step, 32 x 320 tokens, Qwen3-{shape}, {parameters} parameters")
     table(["", "ms: median (least - most)", "tokens/s", "% of 790 TFLOP/s", "loss", "first step, s"], *rows)
-    loop.each(loop.trainers, "offload")
-    loop.each(loop.engines, "wake", ["weights"])
-    loop.sync_weights()
-    loop.each(loop.engines, "wake", ["kv_cache", "cuda_graph"])
+    in_actors(loop.trainers, as_before, loop.config)
+    end_of_step(loop)
+    assert max(losses) - min(losses) < 1e-3
 
 
 class BareEngine:
@@ -1941,7 +1958,7 @@ class BareEngine:
 
     def start(self, args):
         from sglang.srt.entrypoints.engine import Engine
-        self.engine = Engine(**args)
+        self.engine = Engine(**args, **{NO_PREFILL_GRAPH: True})
 
     def generate(self, prompts, sampling):
         """Seconds."""
@@ -1966,31 +1983,97 @@ def test_rollout(colocated):
                                                         for one in sampling])], 300, "generate")[0] for _ in range(7)]
     ray.kill(bare)
     time.sleep(5)
-    loop.each(loop.engines, "wake", ["weights"])
     loop.each(loop.trainers, "onload")
-    loop.sync_weights()
-    loop.each(loop.trainers, "offload")
-    loop.each(loop.engines, "wake", ["kv_cache", "cuda_graph"])
+    end_of_step(loop)
     print(f"\nrollout, 256 x 256 tokens, Qwen3-{shape}, TP={tp}")
     table(["", "ms: median (least - most)", "tokens/s"], *[
         [name, spread(found), f"{256 * 256 / sorted(found)[len(found) // 2]:.0f}"]
         for name, found in (("this file, a seed a request", ours), ("sglang.Engine alone, no seeds", alone[2:]))])
 
 
+def stay_on_the_gpu(trainer):
+    trainer.config, trainer._host = c.dataclasses.replace(trainer.config, offload=False), []
+
+
+def start_trace(trainer):
+    trainer.trace = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+    trainer.trace.start()
+
+
+def end_trace(trainer):
+    """What ran on the GPU for this process: (kind, start in s, seconds), and the ten kernels that took most, in ms."""
+    trainer.trace.stop()
+    kinds = {"matrix products": "gemm|nvjet|cutlass|xmma", "attention": "flash|fmha|attn", "host copies": "HtoD|DtoH"}
+    found, sums = [], {}
+    for event in trainer.trace.profiler.kineto_results.events():
+        if event.device_type() == torch.autograd.DeviceType.CUDA and event.duration_ns() > 0:
+            name, seconds = event.name(), event.duration_ns() / 1e9
+            kind = next((kind for kind, names in kinds.items() if re.search(names, name)), "other kernels")
+            found.append((kind, event.start_ns() / 1e9, seconds))
+            sums[name[:90]] = sums.get(name[:90], 0) + 1000 * seconds
+    return found, sorted(((round(ms, 1), name) for name, ms in sums.items()), reverse=True)[:20]
+
+
+def draw(phases, events, path):
+    """The phases of a step over what the trainer's process did on the GPU at the time, in bins of 10 ms."""
+    from matplotlib.figure import Figure
+    zero, end = phases[0][1], phases[-1][2]
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
+    for row, (name, start, stop) in enumerate(phases):
+        upper.barh(0, stop - start, left=start - zero, edgecolor="white", color=f"C{row}", label=name)
+    upper.set_yticks([])
+    upper.legend(ncols=len(phases), fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    bins, width = {}, 0.01
+    for kind, start, seconds in events:
+        busy = bins.setdefault(kind, [0.0] * (int((end - zero) / width) + 1))
+        at = int((start - zero) / width)
+        if 0 <= at < len(busy):
+            busy[at] += seconds / width
+    times_s = [width * at for at in range(int((end - zero) / width) + 1)]
+    lower.stackplot(times_s, *bins.values(), labels=list(bins))
+    lower.set(xlabel="seconds", ylabel="trainer's GPU use", ylim=(0, 1.1), xlim=(0, end - zero))
+    lower.legend(loc="upper left", fontsize="small", frameon=False)
+    figure.savefig(path, dpi=110)
+
+
 @pytest.mark.bench
-def test_a_whole_step(colocated):
-    """64 prompts x 8 samples x 256 tokens."""
+def test_a_whole_step(colocated, monkeypatch):
+    """64 prompts x 8 samples x 256 tokens; one step more draws runs/timeline.png."""
     shape, tp, loop = colocated
     if shape != "0.6B":
         pytest.skip("measured for 0.6B")
-    rows, walls = [], []
-    for step in range(1, 8):
-        start = time.perf_counter()
-        rows.append(loop.step(step))
-        walls.append(time.perf_counter() - start)
-    print(f"\na whole step, 64 prompts x 8 samples x 256 tokens, Qwen3-{shape}, {tp} GPU(s), TP={tp}")
-    phases = [name for name in rows[-1] if name.startswith("seconds_")]
-    table(["phase", "ms: median (least - most)"],
-          *[[name[8:], spread([row[name] for row in rows[2:]])] for name in phases])
-    rest = [1 - (row["seconds_generate"] + row["seconds_train"]) / wall for row, wall in zip(rows, walls, strict=True)]
-    print(f"the step {spread(walls[2:])} ms, of that neither generation nor training {100 * sorted(rest[2:])[2]:.1f} %")
+    for name, rounds in (("", 6), (" --no-offload", 5)):
+        if name:
+            loop.each(loop.trainers, "onload")
+            in_actors(loop.trainers, stay_on_the_gpu)
+        rows, walls = [], []
+        for step in range(1, 1 + rounds):
+            start = time.perf_counter()
+            rows.append(loop.step(step))
+            walls.append(time.perf_counter() - start)
+        rows, walls = rows[2:], walls[2:]
+        print(f"\na whole step, 64 prompts (of 64 tokens) x 8 samples x 256 tokens, Qwen3-{shape}, TP={tp}, --compile{name}")
+        phases = [phase for phase in rows[-1] if phase.startswith("seconds_")]
+        table(["phase", "ms: median (least - most)"],
+              *[[phase[8:], spread([row[phase] for row in rows])] for phase in phases], ["whole step", spread(walls)])
+        rest = sorted(1 - (row["seconds_generate"] + row["seconds_train"]) / wall
+                      for row, wall in zip(rows, walls, strict=True))
+        print(f"neither generation nor training: {100 * rest[len(rest) // 2]:.1f} % of the step")
+        if not name:
+            spans, timed = [], loop.timed
+
+            def noted(phase, *args, spans=spans, timed=timed):
+                start = time.time()
+                result = timed(phase, *args)
+                spans.append((phase, start, time.time()))
+                return result
+
+            monkeypatch.setattr(loop, "timed", noted)
+            in_actors(loop.trainers, start_trace)
+            loop.step(rounds)
+            events, longest = in_actors(loop.trainers, end_trace)[0]
+            monkeypatch.undo()
+            Path("runs").mkdir(exist_ok=True)
+            draw(spans, events, "runs/timeline.png")
+            print(*(f"{ms:8.1f} ms {kernel}" for ms, kernel in longest), sep="\n")
