@@ -248,6 +248,8 @@ def wait_for(refs: list, timeout_s: float, what: str, actors: Iterable[Any] = ()
 
 # ---- 4. Engine: one Ray actor a SGLang engine, and what runs inside its scheduler processes -------------------------
 MEMORY_TAGS = ("kv_cache", "weights", "cuda_graph")  # SGLang's names for what can sleep
+# Settings of SGLang, and their names in 0.5.14 and later:
+RENAMED = dict(cuda_graph_max_bs="cuda_graph_max_bs_decode", disable_piecewise_cuda_graph="disable_prefill_cuda_graph")
 GraphPool = namedtuple("GraphPool", "in_saver register_inputs alloc_conf why")  # what plan_graph_pool decides on
 Sample = namedtuple("Sample", "prompt_ids response_ids logprobs weight_version")  # one logprob a response token, nats
 ENGINE_FAULTS = (  # in an engine's log, with cause and remedy; these two were taken for one and the same fault
@@ -399,6 +401,8 @@ def engine_args(config: Config, placement: EnginePlacement, model: str) -> dict[
         return args | dict(dtype="float32", max_running_requests=samples, sleep_on_idle=True,  # else it takes a core
                            max_total_tokens=(samples + 1) * config.context_length)  # if these run out, it needs CUDA
     return args | dict(dtype="bfloat16", mem_fraction_static=config.mem_fraction, enable_memory_saver=True,
+                       cuda_graph_max_bs=max(64, min(samples, 512)),  # larger batches decode without a graph
+                       disable_piecewise_cuda_graph=True,  # the memory saver does not know graphs of the prefill
                        enforce_disable_flashinfer_allreduce_fusion=True)  # it needs NVLink multicast
 
 
@@ -431,12 +435,10 @@ class Engine:
                 os.environ |= {"CUDA_VISIBLE_DEVICES": ",".join(numbers), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
             from sglang.srt.entrypoints.engine import Engine as SGLangEngine
             from sglang.srt.server_args import ServerArgs
-            # The memory saver does not know CUDA graphs of the prefill; SGLang 0.5.14 renamed the switch.
-            prefill, older = "disable_prefill_cuda_graph", "disable_piecewise_cuda_graph"
+            args = {RENAMED[name] if hasattr(ServerArgs, RENAMED.get(name, "")) else name: args[name] for name in args}
             SGLangEngine.run_scheduler_process_func = staticmethod(partial(run_scheduler, pool.register_inputs))
             # A scheduler reports its death by SIGQUIT, at which SGLang would kill this actor and all that it knows.
-            args |= {prefill if hasattr(ServerArgs, prefill) else older: True, "custom_sigquit_handler": signal.SIG_IGN}
-            self.engine = SGLangEngine(**args)
+            self.engine = SGLangEngine(**args, custom_sigquit_handler=signal.SIG_IGN)
         except Exception as error:
             report = parse_engine_log(Path(self.log).read_text(errors="replace"))
             raise EngineError(f"{self.name} did not start ({error}): {report}\n  log: {self.log}") from error
@@ -568,10 +570,10 @@ class Trainer:
         logits = self.model(input_ids=tokens[:, :-1], use_cache=False).logits  # [B, T-1, V]
         return self._token_logprobs(logits, tokens[:, 1:], self.config.temperature)
 
+    @torch.no_grad()  # with it, `to_local` is free
     def _storages(self) -> list[torch.UntypedStorage]:
         moments = [state[name] for state in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-        moving = (*self.model.parameters(), *moments) if self.config.offload else ()
-        return [tensor.to_local().untyped_storage() for tensor in moving]
+        return [t.to_local().untyped_storage() for t in (*self.model.parameters(), *moments) if self.config.offload]
 
     def offload(self) -> None:
         """Copy weights and optimizer state to pinned host memory, kept for the whole run, and free the device's."""
@@ -593,12 +595,10 @@ class Trainer:
         self.backend.synchronize()
 
     def share_weights(self) -> bytes:
-        """Once: make the buffer through which the engine gets all weights; returns a handle to its tensors."""
+        """Once: make the buffer by which engines get all weights, with a slot for each rank; returns its handle."""
         parameters, ranks = dict(self.model.named_parameters()), dist.get_world_size()  # tied weights come once
-        # For each parameter a slot a rank, all of one size, so that ranks gather in place; FSDP shards the rows.
-        sizes = [-(-p.shape[0] // ranks) * math.prod(p.shape[1:]) for p in parameters.values()]
-        buffer = torch.full([ranks * sum(sizes)], torch.nan, dtype=self.dtype, device=self.device)
-        self._whole = buffer.split([ranks * size for size in sizes])
+        sizes = [ranks * -(-p.shape[0] // ranks) * math.prod(p.shape[1:]) for p in parameters.values()]
+        self._whole = torch.full([sum(sizes)], torch.nan, dtype=self.dtype, device=self.device).split(sizes)
         self._slots = [whole.chunk(ranks)[self.rank] for whole in self._whole]
         if self.on_gpu:
             from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
@@ -607,9 +607,10 @@ class Trainer:
         return bytes(ForkingPickler.dumps([(name, whole[: p.numel()].view(p.shape)) for (name, p), whole
                                            in zip(parameters.items(), self._whole, strict=True)]))
 
+    @torch.no_grad()
     def gather_weights(self) -> None:
         """All ranks at once: fill the buffer."""
-        shards = [parameter.detach().to_local().flatten() for parameter in self.model.parameters()]
+        shards = [parameter.to_local().flatten() for parameter in self.optimizer.param_groups[0]["params"]]
         torch._foreach_copy_([slot[: len(shard)] for slot, shard in zip(self._slots, shards, strict=True)], shards)
         if dist.get_world_size() > 1:
             dist.group.WORLD.allgather_into_tensor_coalesced(self._whole, self._slots).wait()
@@ -814,8 +815,7 @@ class Loop:
             return {"skipped": bad}
         mean = sum(result["difference_mean"] for result in results)  # each is a share of it
         if not mean < (limit := 0.02 if self.config.device == "cuda" else 1e-4):  # bf16, or fp32
-            raise FloatingPointError(f"logprob_difference_mean is {mean:.2g} nats; expected below {limit}: what "
-                                     "generates is not what is trained. Check the weight sync.")
+            raise FloatingPointError(f"logprob_difference_mean is {mean:.2g}; expected below {limit}. Check the sync.")
         return {"loss": sum(r["loss"] for r in results), "grad_norm": results[0]["grad_norm"],
                 "logprob_difference_max": max(r["difference_max"] for r in results), "logprob_difference_mean": mean}
 
