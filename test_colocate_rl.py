@@ -327,6 +327,26 @@ def test_dry_run_prints_the_mapping_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("visible", "gpus", "tp", "bases"), [
+    ("1,2,3,4", 4, 4, [0]), ("4,5,6,7", 4, 4, [0]), (None, 8, 4, [0, 4]), ("3,1,2,0", 4, 2, [0, 2]),
+    ("1,2,3", 3, 1, [0, 1, 2]), ("2,3", 2, 2, [0])])
+def test_ranks_follow_the_order_of_the_list(tmp_path, visible, gpus, tp, bases):
+    env = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
+    done = python(str(MODULE), "--dry-run", "--device", "cpu", "--gpus", str(gpus), "--gpus-per-engine", str(tp),
+                  cwd=tmp_path, timeout=240, **env)
+    assert done.returncode == 0, done.stderr
+    line = r"Ray id '?(\d+)'? -> local index (\d+) .* engine (\d+) tp_rank (\d+) base_gpu_id (\d+)"
+    found = re.findall(line, done.stdout)
+    ids = visible.split(",") if visible else EIGHT
+    assert found == [(ids[i], str(i), str(i // tp), str(i % tp), str(bases[i // tp])) for i in range(gpus)]
+
+
+def test_gpus_that_do_not_make_whole_engines_are_refused(tmp_path):
+    done = python(str(MODULE), *"--dry-run --device cpu --gpus 3 --gpus-per-engine 2".split(), cwd=tmp_path,
+                  CUDA_VISIBLE_DEVICES="1,2,3")
+    assert done.returncode == 2 and "--gpus is 3; expected a multiple of --gpus-per-engine, 2" in done.stderr
+
+
 # ---- GRPO -----------------------------------------------------------------------------------------------------------
 
 
@@ -2053,7 +2073,7 @@ def test_a_whole_step(colocated, monkeypatch):
             rows.append(loop.step(step))
             walls.append(time.perf_counter() - start)
         rows, walls = rows[2:], walls[2:]
-        print(f"\na whole step, 64 prompts (of 64 tokens) x 8 samples x 256 tokens, Qwen3-{shape}, TP={tp}, --compile{name}")
+        print(f"\na whole step, 64 prompts of 64 tokens x 8 samples x 256 tokens, Qwen3-{shape}, TP={tp}, --compile{name}")
         phases = [phase for phase in rows[-1] if phase.startswith("seconds_")]
         table(["phase", "ms: median (least - most)"],
               *[[phase[8:], spread([row[phase] for row in rows])] for phase in phases], ["whole step", spread(walls)])
