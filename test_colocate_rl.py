@@ -2073,7 +2073,7 @@ def test_a_whole_step(colocated, monkeypatch):
             rows.append(loop.step(step))
             walls.append(time.perf_counter() - start)
         rows, walls = rows[2:], walls[2:]
-        print(f"\nwhole step, 64 prompts of 64 tokens x 8 samples x 256 tokens, Qwen3-{shape}, TP={tp}, --compile{name}")
+        print(f"\nwhole step, 64 prompts of 64 tokens x 8 samples x 256 tokens, {shape}, TP={tp}, --compile{name}")
         phases = [phase for phase in rows[-1] if phase.startswith("seconds_")]
         table(["phase", "ms: median (least - most)"],
               *[[phase[8:], spread([row[phase] for row in rows])] for phase in phases], ["whole step", spread(walls)])
