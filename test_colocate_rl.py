@@ -333,7 +333,7 @@ def test_dry_run_prints_the_mapping_and_leaves_nothing(tmp_path):
 def test_ranks_follow_the_order_of_the_list(tmp_path, visible, gpus, tp, bases):
     env = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
     done = python(str(MODULE), "--dry-run", "--device", "cpu", "--gpus", str(gpus), "--gpus-per-engine", str(tp),
-                  cwd=tmp_path, timeout=240, **env)
+                  "--prompts-per-step", "24", cwd=tmp_path, timeout=240, **env)  # equal shares for 3 GPUs, too
     assert done.returncode == 0, done.stderr
     line = r"Ray id '?(\d+)'? -> local index (\d+) .* engine (\d+) tp_rank (\d+) base_gpu_id (\d+)"
     found = re.findall(line, done.stdout)
