@@ -279,7 +279,7 @@ class EngineLogReport(NamedTuple):  # what an engine's log says of its start
 
 
 def parse_engine_log(text: str) -> EngineLogReport:
-    """Read an engine's log, of SGLang 0.5.12 to 0.5.15."""
+    """Read an engine's log, of SGLang 0.5.12 or 0.5.13, or of one up to 0.5.15 that this file started."""
     registered = re.search(r"Registering (\d+) cuda graph addresses", text)
     v2 = re.search(r"Custom allreduce v2 initialized|all-reduce: CustomAllReduceV2", text)  # v1 does not say so
     sizes = re.search(r"(?i)capture .*graph.*\bbs[ =](\[[\d, ]*\])", text)
@@ -360,7 +360,7 @@ def receive_weights(model: torch.nn.Module, named_tensors: list[tuple[str, torch
             model.load_weights(model.mapped)
         print(f"load: {len(model.noted.copies)} copies {len(model.noted.fills)} fills", *model.noted.others, flush=True)
     else:
-        for tensor, value in model.noted.fills:
+        for tensor, value in model.noted.fills:  # loaders do not fill what they have copied
             tensor.fill_(value)
         torch._foreach_copy_(*map(list, zip(*model.noted.copies, strict=True)))
     torch.get_device_module(next(model.parameters()).device).synchronize()  # the trainer may write there again
@@ -375,8 +375,7 @@ def draw_with_seeds(logprobs: torch.Tensor, seeds: torch.Tensor, positions: torc
 
 def prepare_cpu_engine(folder: str) -> None:
     """Let SGLang be imported without libcuda: a stub stands for `sgl_kernel`, of which a CPU engine calls nothing."""
-    package = Path(folder) / "sgl_kernel"
-    package.mkdir(parents=True)
+    (package := Path(folder) / "sgl_kernel").mkdir(parents=True, exist_ok=True)
     (package / "__init__.py").touch()
     (package / "kvcacheio.py").write_text("__getattr__ = {}.get")  # whatever is imported from it is None
     sys.path.insert(0, folder)  # child processes inherit it
@@ -396,7 +395,7 @@ def engine_args(config: Config, placement: EnginePlacement, model: str) -> dict[
                 skip_tokenizer_init=True, log_level="info", device=config.device, weight_version="0",
                 custom_weight_loader=[f"{__name__}.receive_weights"],
                 decode_log_interval=config.max_new_tokens)  # so that the log says whether graphs are replayed
-    samples = config.prompts_per_step * config.group_size
+    samples = -(-config.prompts_per_step * config.group_size // (config.gpus // config.gpus_per_engine))
     if config.device == "cpu":
         return args | dict(dtype="float32", max_running_requests=samples, sleep_on_idle=True,  # else it takes a core
                            max_total_tokens=(samples + 1) * config.context_length)  # if these run out, it needs CUDA
@@ -502,7 +501,7 @@ class Trainer:
     """A Ray actor on one GPU: the policy and its optimizer, sharded over all ranks."""
     def __init__(self, log: str, rank: int, bundle: Bundle, config: Config):
         log_to(log)
-        self.rank, self.config, self.bundle, self.on_gpu = rank, config, bundle, config.device == "cuda"
+        self.rank, self.config, self.on_gpu = rank, config, config.device == "cuda"
         import transformers  # noqa: F401  slow: here it happens while the engines start
         self.device = torch.device("cuda", bundle.local_index) if self.on_gpu else torch.device("cpu")
         self.backend = torch.get_device_module(self.device)  # torch.cuda or torch.cpu
@@ -525,7 +524,7 @@ class Trainer:
         compiled = torch.compile if self.config.compile else lambda function: function
         for layer in layers:
             layer.forward = compiled(layer.forward)  # of the layer itself, FSDP's hooks would be a part
-        self._token_logprobs = compiled(token_logprobs)  # reads the logits once, and keeps none in fp32
+        self._token_logprobs = compiled(token_logprobs)  # compiled, it keeps no logits in fp32
         for module in (*layers, self.model):  # moved to the device shard by shard
             fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate, weight_decay=0.0,
@@ -588,7 +587,7 @@ class Trainer:
 
     def onload(self) -> None:
         """Bring back what `offload` moved. Tensors stay the same objects; the storage behind them comes and goes."""
-        torch.empty(sum(map(len, self._host)), dtype=torch.uint8, device=self.device)  # one cudaMalloc that all share
+        torch.empty(sum(len(h) for h in self._host if len(h) > 2**20), dtype=torch.uint8, device=self.device)  # at once
         for storage, host in zip(self._storages(), self._host, strict=True):
             storage.resize_(host.nbytes)
             torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage).copy_(host, non_blocking=True)
@@ -615,6 +614,8 @@ class Trainer:
         if dist.get_world_size() > 1:
             dist.group.WORLD.allgather_into_tensor_coalesced(self._whole, self._slots).wait()
         self.backend.synchronize()  # the reader, in another process, does not wait for this stream
+        for name in Path("/dev/shm").glob(f"torch_{os.getpid()}_*"):  # mapped by now; Ray ends what would remove it
+            name.unlink()
 
     def save(self, folder: str) -> None:
         """All ranks at once: gather weights and optimizer state in fp32; rank 0 writes what `start` can load."""
@@ -634,8 +635,7 @@ def group_advantages(rewards: torch.Tensor, scale: bool = True) -> torch.Tensor:
     """Advantages of G responses to each of P prompts, [P, G] -> [P, G] (DeepSeekMath, section 4.1); exact zeros for a
     group of equal rewards. `scale=False` does not divide by the deviation (arXiv:2503.20783)."""
     centred = rewards - rewards.mean(dim=1, keepdim=True)
-    if scale:
-        centred = centred / (rewards.std(dim=1, keepdim=True) + 1e-6)
+    centred = centred / (rewards.std(dim=1, keepdim=True) + 1e-6) if scale else centred
     return centred.masked_fill((rewards == rewards[:, :1]).all(dim=1, keepdim=True), 0.0)
 
 

@@ -637,10 +637,15 @@ def chat_model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def main_job(tmp_path_factory):
-    """The main job as a user runs it, to its end."""
-    job = Job(tmp_path_factory.mktemp("main"))
-    status, output = job.until(lambda rows: rows).end(300)
-    assert status == 0, output
+    """The main job as a user runs it, to its end; it leaves no shared memory, while it runs as well."""
+    def shared():
+        return set(Path("/dev/shm").glob("torch_*"))
+
+    before, job = shared(), Job(tmp_path_factory.mktemp("main"))
+    job.until(lambda rows: rows)
+    assert not shared() - before
+    status, output = job.end(300)
+    assert status == 0 and not shared() - before, output
     return job, output
 
 
