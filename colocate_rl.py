@@ -30,6 +30,7 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import psutil
 import pynvml
 import ray
@@ -167,8 +168,7 @@ def plan_engines(bundles: Sequence[Bundle], gpus_per_engine: int) -> list[Engine
         local, node_ips = [bundle.local_index for bundle in part], [bundle.node_ip for bundle in part]
         which = f"engine {engine} of {gpus_per_engine=} would get the Ray ids {[b.gpu_id for b in part]}"
         if len({bundle.node_id for bundle in part}) > 1:
-            raise PlacementError(f"{which} on the nodes {node_ips}; expected one node. Choose gpus_per_engine so that "
-                                 "it divides the number of GPUs taken on every node.")
+            raise PlacementError(f"{which} on {node_ips}; expected one node. Choose a divisor of each node's GPUs.")
         if local != list(range(local[0], local[0] + gpus_per_engine)):
             raise PlacementError(f"{which} at the local indices {local} of node {node_ips[0]}; expected consecutive "
                                  "ones. Free those between, or list these side by side in CUDA_VISIBLE_DEVICES.")
@@ -436,6 +436,7 @@ class Engine:
             from sglang.srt.server_args import ServerArgs
             args = {RENAMED[name] if hasattr(ServerArgs, RENAMED.get(name, "")) else name: args[name] for name in args}
             SGLangEngine.run_scheduler_process_func = staticmethod(partial(run_scheduler, pool.register_inputs))
+            SGLangEngine._launch_detokenizer_subprocesses = lambda **_: ([], [])  # token ids pass it by
             # A scheduler reports its death by SIGQUIT, at which SGLang would kill this actor and all that it knows.
             self.engine = SGLangEngine(**args, custom_sigquit_handler=signal.SIG_IGN)
         except Exception as error:
@@ -471,7 +472,7 @@ class Engine:
         self.engine.resume_memory_occupation(list(tags))
         self._asleep -= set(tags)
 
-    def update_weights(self, version: str, handles: Sequence[bytes] = ()) -> None:
+    def update_weights(self, version: str, handles: Sequence[bytes] = (), *gathered: None) -> None:
         """Load all weights, at first from `handles[tp_rank]`; a KV cache of older ones is flushed, or it sleeps."""
         self._ask("update_weights_from_tensor", "UpdateWeightsFromTensorReqInput", weight_version=version,
                   serialized_named_tensors=handles or [bytes(ForkingPickler.dumps([]))] * len(self.uuids),
@@ -537,7 +538,7 @@ class Trainer:
 
     def train(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
         """One optimizer step for each share of the rows; none from a "bad" tensor on, the first that is not finite."""
-        config, ranks, metrics = self.config, dist.get_world_size(), {"loss": 0.0, "bad": first_bad(batch)}
+        config, ranks, losses, metrics = self.config, dist.get_world_size(), [], {"bad": first_bad(batch)}
         rows = torch.arange(len(batch["tokens"])).view(config.updates_per_step, ranks, -1)  # [B] -> [updates, ranks, b]
         totals = [batch["mask"][share.flatten()].sum().item() for share in rows]  # tokens of all ranks
         parts = [{name: column[share[self.rank]].to(self.device) for name, column in batch.items()} for share in rows]
@@ -546,13 +547,13 @@ class Trainer:
                 part["old_logprobs"] = torch.cat([*map(self._logprobs, part["tokens"].split(config.micro_batch))])
         for part, total in zip(parts, totals, strict=True):
             logprobs_before = []
-            for micro in torch.arange(len(part["tokens"])).split(config.micro_batch):
-                columns = {name: column[micro] for name, column in part.items()}
+            for micro in zip(*(column.split(config.micro_batch) for column in part.values()), strict=True):
+                columns = dict(zip(part, micro, strict=True))
                 logprobs = self._logprobs(columns.pop("tokens"))
                 logprobs_before.append(columns.setdefault("old_logprobs", logprobs.detach()))
                 loss = grpo_loss(logprobs, **columns, num_tokens=total, importance_cap=2.0)
                 (loss * ranks).backward()  # FSDP averages over ranks; the loss is a share of a sum
-                metrics["loss"] += loss.item() / len(parts)
+                losses.append(loss.detach() / len(parts))
             part["old_logprobs"] = torch.cat(logprobs_before)
             metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).full_tensor().item()
             if not math.isfinite(metrics["grad_norm"]):  # all ranks see this alike; a tensor of one must not decide
@@ -560,9 +561,11 @@ class Trainer:
             if not metrics["bad"]:
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()  # the engine wakes next; without a GPU nothing happens
+        if self.on_gpu and torch.cuda.memory_reserved() > torch.cuda.mem_get_info()[0]:
+            torch.cuda.empty_cache()  # the engine's weights, as large as a part of this, wake next
         gap = torch.cat([(p["old_logprobs"] - p["rollout_logprobs"]).abs()[p["mask"] > 0] for p in parts])
-        return metrics | {"difference_max": gap.max().item(), "difference_mean": gap.sum().item() / sum(totals)}
+        return metrics | {"loss": sum(losses).item(), "difference_max": gap.max().item(),
+                          "difference_mean": gap.sum().item() / sum(totals)}
 
     def _logprobs(self, tokens: torch.Tensor) -> torch.Tensor:
         """Log-probability of each next token, [B, T] -> [B, T-1]; with padding on the right, causality masks it."""
@@ -790,8 +793,7 @@ class Loop:
         self.timed("wake", self.each, self.engines, "wake", ["kv_cache", "cuda_graph"])
         tokens = sum(len(sample.response_ids) for sample in samples)
         metrics |= {"reward": rewards.mean().item(), "tokens_per_second": tokens / self.phases["seconds_generate"]}
-        metrics |= {"heldout_reward": self.score_heldout()} if due else {}
-        return metrics | trained | self.phases
+        return metrics | trained | self.phases | ({"heldout_reward": self.score_heldout()} if due else {})
 
     def ask(self, problems: list[tuple], seed: str, temperature: float) -> tuple[list[Sample], torch.Tensor]:
         """Deal the problems' prompts out to the engines in equal shares; answers and rewards come in the same order."""
@@ -821,8 +823,8 @@ class Loop:
 
     def sync_weights(self) -> None:
         self.version += 1
-        self.each(self.trainers, "gather_weights")
-        self.each(self.engines, "update_weights", str(self.version))
+        gathered = [trainer.gather_weights.remote() for trainer in self.trainers]  # engines wait for all of them
+        self.each(self.engines, "update_weights", str(self.version), (), *gathered)
 
     def checklist(self, metrics: list[dict[str, Any]]) -> list[tuple[str, bool | None, str]]:
         """What this run has read of itself: (what, whether it is right or None if it cannot be read, the reading)."""
@@ -855,18 +857,18 @@ def check_same_device(trainers: list[dict[str, Any]], schedulers: list[dict[str,
     """Compare, rank by rank, the device that the trainer and the engine's scheduler process read inside themselves."""
     rows = [(t["rank"], s["tp_rank"], t["uuid"], s["uuid"]) for t, s in zip(trainers, schedulers, strict=True)]
     if any(trainer_uuid != scheduler_uuid for _, _, trainer_uuid, scheduler_uuid in rows):
-        raise PlacementError("rank, tp_rank, UUIDs of trainer and scheduler: expected one GPU in each row. Use the "
-                             "bundle's local_index for both.\n" + "\n".join(map(str, rows)))
+        raise PlacementError("rank, tp_rank, UUIDs of trainer and scheduler; expected one GPU a row. Use the bundle's "
+                             "local_index for both.\n" + "\n".join(map(str, rows)))
     return rows
 
 
 def make_batch(samples: Sequence[Sample], advantages: torch.Tensor) -> dict[str, torch.Tensor]:
     """Pad on the right: tokens [B, T]; mask and rollout_logprobs of token t + 1 at t, [B, T-1]; advantages [B]."""
     def pad(rows: list[list]) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        return torch.nn.utils.rnn.pad_sequence([torch.from_numpy(numpy.array(row)) for row in rows], batch_first=True)
     return dict(tokens=pad([s.prompt_ids + s.response_ids for s in samples]), advantages=advantages,
-                mask=pad([[0.0] * (len(s.prompt_ids) - 1) + [1.0] * len(s.logprobs) for s in samples]),
-                rollout_logprobs=pad([[0.0] * (len(s.prompt_ids) - 1) + s.logprobs for s in samples]))
+                mask=pad([[0.0] * (len(s.prompt_ids) - 1) + [1.0] * len(s.logprobs) for s in samples]).float(),
+                rollout_logprobs=pad([[0.0] * (len(s.prompt_ids) - 1) + s.logprobs for s in samples]).float())
 
 
 def plot(metrics: list[dict[str, Any]], path: Path) -> None:
@@ -931,10 +933,8 @@ def run(config: Config, task: Task, folder: Path, metrics: list[dict], stopped_b
                         shutil.rmtree(old)
                 bar.write("  ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}"
                                     for name, x in metrics[-1].items() if "gib_" not in name))
-                bar.set_postfix({name: metrics[-1][name] for name in ("reward", "tokens_per_second")})
-                if sum("skipped" in row for row in metrics[-3:]) == 3:
-                    raise FloatingPointError(f"{metrics[-1]['skipped']} is not finite, for the third step in a row; "
-                                             "expected numbers. Check the rewards, lower --learning-rate.")
+                if len(bad := [row["skipped"] for row in metrics[-3:] if "skipped" in row]) == 3:
+                    raise FloatingPointError(f"{bad[2]} is not finite, for the third step in a row. Check the rewards.")
         plot(metrics, folder / "reward.png")
         summary = dict(steps=config.steps, heldout_reward_before=metrics[0]["heldout_reward_before"],
                        heldout_reward_after=metrics[-1]["heldout_reward"], wall_seconds=time.perf_counter() - start,

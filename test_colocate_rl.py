@@ -1390,8 +1390,7 @@ def test_the_saved_model_loads_in_transformers_and_sglang(main_job, two_gpus, en
 # ---- GPUs -----------------------------------------------------------------------------------------------------------
 
 SGLANG = tuple(map(int, re.findall(r"\d+", version("sglang"))[:3]))
-GRAPH_SIZES, NO_PREFILL_GRAPH = (("cuda_graph_bs_decode", "disable_prefill_cuda_graph") if SGLANG >= (0, 5, 14)
-                                 else ("cuda_graph_bs", "disable_piecewise_cuda_graph"))
+GRAPH_SIZES = "cuda_graph_bs_decode" if SGLANG >= (0, 5, 14) else "cuda_graph_bs"
 
 
 def skip_below(count):
@@ -1983,7 +1982,9 @@ class BareEngine:
 
     def start(self, args):
         from sglang.srt.entrypoints.engine import Engine
-        self.engine = Engine(**args, **{NO_PREFILL_GRAPH: True})
+        from sglang.srt.server_args import ServerArgs
+        renamed = {name: new for name, new in c.RENAMED.items() if hasattr(ServerArgs, new)}
+        self.engine = Engine(**{renamed.get(name, name): value for name, value in args.items()})
 
     def generate(self, prompts, sampling):
         """Seconds."""
