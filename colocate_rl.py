@@ -314,10 +314,9 @@ def run_scheduler(register_inputs: bool, server_args: Any, port_args: Any, gpu_i
     from sglang.srt.layers import sampler
     from sglang.srt.managers.scheduler import run_scheduler_process
     from sglang.srt.server_args import get_global_server_args
-    if server_args.device == "cuda":
+    if on_gpu := server_args.device == "cuda":
         torch.cuda.set_device(gpu_id)  # before any other CUDA call, which would leave a context on device 0
-    else:
-        sampler.multinomial_with_seed = draw_with_seeds  # SGLang's own is a Triton kernel
+    sampler.multinomial_with_seed = torch.compile(draw_with_seeds, dynamic=True) if on_gpu else draw_with_seeds
     if not register_inputs:
         from sglang.srt.distributed.device_communicators.custom_all_reduce_v2 import CustomAllReduceV2
         CustomAllReduceV2.capture = lambda self: contextlib.nullcontext()
@@ -329,7 +328,7 @@ def run_scheduler(register_inputs: bool, server_args: Any, port_args: Any, gpu_i
         communicator = get_tp_group().ca_comm
         all_reduce = type(communicator).__name__ if communicator and not communicator.disabled else None
         print(f"all-reduce: {all_reduce}", flush=True)  # SGLang 0.5.14 and later do not log it
-        device = torch.cuda.current_device() if server_args.device == "cuda" else gpu_id  # in use, not as told
+        device = torch.cuda.current_device() if on_gpu else gpu_id  # in use, not as told
         send({**message, "reading": dict(tp_rank=args[0], all_reduce=all_reduce, **read_device(device))})
     args[-1].send = send_ready  # the pipe on which the scheduler says, once, that it is ready
     run_scheduler_process(server_args, port_args, gpu_id, *args)
@@ -367,10 +366,13 @@ def receive_weights(model: torch.nn.Module, named_tensors: list[tuple[str, torch
 
 
 def draw_with_seeds(logprobs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """One draw from each row's distribution by inverting its cumulative sum; [B, V], [B], [B] -> [B, 1]."""
-    uniform = torch.tensor([[random.Random(f"{s}/{p}").random()] for s, p in zip(seeds.tolist(), positions.tolist())])
-    cumulative = logprobs.exp().cumsum(dim=-1)
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).clamp(max=logprobs.shape[1] - 1)
+    """One draw a row, [B, V], [B], [B] -> [B, 1]: of the tokens' alarms the first. (SGLang's is slower, and Triton.)"""
+    row = (seeds.long() << 32 | positions) * 0x5851F42D4C957F2D
+    bits = row[:, None] + torch.arange(logprobs.shape[1], device=row.device)  # [B, V]
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):  # the hash of splitmix64
+        bits = (bits ^ (bits >> shift & (1 << 64 - shift) - 1)) * factor
+    alarm = -torch.log1p(((bits >> 32 & 0xFFFFFFFF) + 0.5) * -(2.0**-32))  # exponential; fp32 is exact near 0
+    return (logprobs - alarm.log()).argmax(dim=1, keepdim=True)  # the least alarm / probability
 
 
 def prepare_cpu_engine(folder: str) -> None:
@@ -393,12 +395,12 @@ def engine_args(config: Config, placement: EnginePlacement, model: str) -> dict[
     args = dict(model_path=model, trust_remote_code=config.trust_remote_code, context_length=config.context_length,
                 base_gpu_id=placement.base_gpu_id, tp_size=len(placement.bundles), random_seed=config.seed,
                 skip_tokenizer_init=True, log_level="info", device=config.device, weight_version="0",
-                custom_weight_loader=[f"{__name__}.receive_weights"],
+                custom_weight_loader=[f"{__name__}.receive_weights"], sleep_on_idle=True,  # else it takes a core
                 decode_log_interval=config.max_new_tokens)  # so that the log says whether graphs are replayed
     samples = -(-config.prompts_per_step * config.group_size // (config.gpus // config.gpus_per_engine))
     if config.device == "cpu":
-        return args | dict(dtype="float32", max_running_requests=samples, sleep_on_idle=True,  # else it takes a core
-                           max_total_tokens=(samples + 1) * config.context_length)  # if these run out, it needs CUDA
+        return args | dict(dtype="float32", max_running_requests=samples,  # if the tokens run out, it needs CUDA
+                           max_total_tokens=(samples + 1) * config.context_length)
     return args | dict(dtype="bfloat16", mem_fraction_static=config.mem_fraction, enable_memory_saver=True,
                        cuda_graph_max_bs=max(64, min(samples, 512)),  # larger batches decode without a graph
                        disable_piecewise_cuda_graph=True,  # the memory saver does not know graphs of the prefill
@@ -472,7 +474,7 @@ class Engine:
         self.engine.resume_memory_occupation(list(tags))
         self._asleep -= set(tags)
 
-    def update_weights(self, version: str, handles: Sequence[bytes] = (), *gathered: None) -> None:
+    def update_weights(self, version: str, handles: Sequence[bytes] = ()) -> None:
         """Load all weights, at first from `handles[tp_rank]`; a KV cache of older ones is flushed, or it sleeps."""
         self._ask("update_weights_from_tensor", "UpdateWeightsFromTensorReqInput", weight_version=version,
                   serialized_named_tensors=handles or [bytes(ForkingPickler.dumps([]))] * len(self.uuids),
@@ -534,10 +536,11 @@ class Trainer:
             state = torch.load(f"{model}/optimizer.pt", weights_only=True)
             set_optimizer_state_dict(self.model, self.optimizer, state, options=StateDictOptions(full_state_dict=True))
             self.optimizer.param_groups[0]["lr"] = self.config.learning_rate  # a resumed run may have another
-        return {"rank": self.rank, **read_device(next(self.model.parameters()).to_local().device.index or 0)}  # in use
+        device = next(self.model.parameters()).to_local().device  # in use, not as told
+        return {"rank": self.rank, "handle": self.share_weights(), **read_device(device.index or 0)}
 
     def train(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
-        """One optimizer step for each share of the rows; none from a "bad" tensor on, the first that is not finite."""
+        """A step for each share of rows, none from a "bad" tensor on, the first not finite; then fill the buffer."""
         config, ranks, losses, metrics = self.config, dist.get_world_size(), [], {"bad": first_bad(batch)}
         rows = torch.arange(len(batch["tokens"])).view(config.updates_per_step, ranks, -1)  # [B] -> [updates, ranks, b]
         totals = [batch["mask"][share.flatten()].sum().item() for share in rows]  # tokens of all ranks
@@ -561,6 +564,7 @@ class Trainer:
             if not metrics["bad"]:
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+        self.gather_weights()
         if self.on_gpu and torch.cuda.memory_reserved() > torch.cuda.mem_get_info()[0]:
             torch.cuda.empty_cache()  # the engine's weights, as large as a part of this, wake next
         gap = torch.cat([(p["old_logprobs"] - p["rollout_logprobs"]).abs()[p["mask"] > 0] for p in parts])
@@ -590,28 +594,24 @@ class Trainer:
 
     def onload(self) -> None:
         """Bring back what `offload` moved. Tensors stay the same objects; the storage behind them comes and goes."""
-        torch.empty(sum(len(h) for h in self._host if len(h) > 2**20), dtype=torch.uint8, device=self.device)  # at once
         for storage, host in zip(self._storages(), self._host, strict=True):
             storage.resize_(host.nbytes)
             torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage).copy_(host, non_blocking=True)
         self.backend.synchronize()
 
     def share_weights(self) -> bytes:
-        """Once: make the buffer by which engines get all weights, with a slot for each rank; returns its handle."""
+        """Once: make the buffer by which engines get all weights, a slot in it for each rank; returns its handle."""
         parameters, ranks = dict(self.model.named_parameters()), dist.get_world_size()  # tied weights come once
         sizes = [ranks * -(-p.shape[0] // ranks) * math.prod(p.shape[1:]) for p in parameters.values()]
         self._whole = torch.full([sum(sizes)], torch.nan, dtype=self.dtype, device=self.device).split(sizes)
         self._slots = [whole.chunk(ranks)[self.rank] for whole in self._whole]
-        if self.on_gpu:
-            from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
-            monkey_patch_torch_reductions()  # the handle names its device by UUID
         torch.multiprocessing.set_sharing_strategy("file_system")  # on a CPU: by name, for the reader is no child
         return bytes(ForkingPickler.dumps([(name, whole[: p.numel()].view(p.shape)) for (name, p), whole
                                            in zip(parameters.items(), self._whole, strict=True)]))
 
     @torch.no_grad()
     def gather_weights(self) -> None:
-        """All ranks at once: fill the buffer."""
+        """All ranks at once: fill the buffer by which engines get all weights."""
         shards = [parameter.to_local().flatten() for parameter in self.optimizer.param_groups[0]["params"]]
         torch._foreach_copy_([slot[: len(shard)] for slot, shard in zip(self._slots, shards, strict=True)], shards)
         if dist.get_world_size() > 1:
@@ -756,9 +756,10 @@ class Loop:
         self.devices = check_same_device(readings, self.schedulers)
         # Overwritten with NaNs, then noise, and sent, weights must be those loaded from disk; only GPUs can compare.
         self.each(self.engines, "wake", ["weights"])
-        handles, tp = self.each(self.trainers, "share_weights"), self.config.gpus_per_engine
+        handles, tp = [reading["handle"] for reading in readings], self.config.gpus_per_engine
         self.each(self.engines, "update_weights", own=[("0", handles[i : i + tp]) for i in range(0, len(handles), tp)])
         self.each(self.engines, "check_weights", "reset_tensors")
+        self.each(self.trainers, "gather_weights")
         self.sync_weights()
         if self.config.device == "cuda":
             self.each(self.engines, "check_weights", "compare")
@@ -823,8 +824,7 @@ class Loop:
 
     def sync_weights(self) -> None:
         self.version += 1
-        gathered = [trainer.gather_weights.remote() for trainer in self.trainers]  # engines wait for all of them
-        self.each(self.engines, "update_weights", str(self.version), (), *gathered)
+        self.each(self.engines, "update_weights", str(self.version))
 
     def checklist(self, metrics: list[dict[str, Any]]) -> list[tuple[str, bool | None, str]]:
         """What this run has read of itself: (what, whether it is right or None if it cannot be read, the reading)."""
