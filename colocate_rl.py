@@ -605,6 +605,7 @@ class Trainer:
         sizes = [ranks * -(-p.shape[0] // ranks) * math.prod(p.shape[1:]) for p in parameters.values()]
         self._whole = torch.full([sum(sizes)], torch.nan, dtype=self.dtype, device=self.device).split(sizes)
         self._slots = [whole.chunk(ranks)[self.rank] for whole in self._whole]
+        self._filled = [slot[: p.to_local().numel()] for slot, p in zip(self._slots, parameters.values(), strict=True)]
         torch.multiprocessing.set_sharing_strategy("file_system")  # on a CPU: by name, for the reader is no child
         return bytes(ForkingPickler.dumps([(name, whole[: p.numel()].view(p.shape)) for (name, p), whole
                                            in zip(parameters.items(), self._whole, strict=True)]))
@@ -612,8 +613,7 @@ class Trainer:
     @torch.no_grad()
     def gather_weights(self) -> None:
         """All ranks at once: fill the buffer by which engines get all weights."""
-        shards = [parameter.to_local().flatten() for parameter in self.optimizer.param_groups[0]["params"]]
-        torch._foreach_copy_([slot[: len(shard)] for slot, shard in zip(self._slots, shards, strict=True)], shards)
+        torch._foreach_copy_(self._filled, [p.to_local().flatten() for p in self.optimizer.param_groups[0]["params"]])
         if dist.get_world_size() > 1:
             dist.group.WORLD.allgather_into_tensor_coalesced(self._whole, self._slots).wait()
         self.backend.synchronize()  # the reader, in another process, does not wait for this stream
