@@ -184,8 +184,8 @@ def get_base_gpu_id(engine: int, gpus_per_engine: int, gpus_per_node: int) -> in
 
 
 # ---- 3. Placement group: create, probe, show (Ray) ------------------------------------------------------------------
-# With this, Ray leaves CUDA_VISIBLE_DEVICES alone, and one local index means one device in every process of a node.
-ONE_LIST = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+# With these, Ray and SGLang leave the list alone, and one local index means one device in every process of a node.
+ONE_LIST = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS": "0"}
 ENGINE_SHARE, TRAINER_SHARE, PROBE_SHARE = 0.3, 0.6, 0.1  # of a bundle's GPU: Ray's bookkeeping, no limit on memory
 
 
@@ -366,13 +366,14 @@ def receive_weights(model: torch.nn.Module, named_tensors: list[tuple[str, torch
 
 
 def draw_with_seeds(logprobs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """One draw a row, [B, V], [B], [B] -> [B, 1]: of the tokens' alarms the first. (SGLang's is slower, and Triton.)"""
-    row = (seeds.long() << 32 | positions) * 0x5851F42D4C957F2D
-    bits = row[:, None] + torch.arange(logprobs.shape[1], device=row.device)  # [B, V]
+    """One draw a row, [B, V], [B], [B] -> [B, 1]: each token rings after an exponential time / its probability, and the
+    first is drawn. SGLang's own is slower, needs Triton, and now and then takes a token whatever its probability."""
+    row = (seeds.long() * 0x2545F4914F6CDD1D ^ positions) * 0x5851F42D4C957F2D
+    bits = row[:, None] + torch.arange(1, logprobs.shape[1] + 1, device=row.device)  # [B, V]; the hash of 0 would be 0
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):  # the hash of splitmix64
         bits = (bits ^ (bits >> shift & (1 << 64 - shift) - 1)) * factor
-    alarm = -torch.log1p(((bits >> 32 & 0xFFFFFFFF) + 0.5) * -(2.0**-32))  # exponential; fp32 is exact near 0
-    return (logprobs - alarm.log()).argmax(dim=1, keepdim=True)  # the least alarm / probability
+    rest = ((bits >> 32 & 0xFFFFFFFF) + 0.5) * -(2.0**-32)  # minus a uniform number, in fp32 exact near 0, not near -1
+    return (logprobs - torch.log(-torch.log1p(rest).clamp(min=-20.0))).argmax(dim=1, keepdim=True)
 
 
 def prepare_cpu_engine(folder: str) -> None:
@@ -396,15 +397,15 @@ def engine_args(config: Config, placement: EnginePlacement, model: str) -> dict[
                 base_gpu_id=placement.base_gpu_id, tp_size=len(placement.bundles), random_seed=config.seed,
                 skip_tokenizer_init=True, log_level="info", device=config.device, weight_version="0",
                 custom_weight_loader=[f"{__name__}.receive_weights"], sleep_on_idle=True,  # else it takes a core
+                sampling_backend="pytorch",  # flashinfer's refuses seeds with top_p or mixed temperatures
                 decode_log_interval=config.max_new_tokens)  # so that the log says whether graphs are replayed
-    samples = -(-config.prompts_per_step * config.group_size // (config.gpus // config.gpus_per_engine))
-    if config.device == "cpu":
-        return args | dict(dtype="float32", max_running_requests=samples,  # if the tokens run out, it needs CUDA
-                           max_total_tokens=(samples + 1) * config.context_length)
-    return args | dict(dtype="bfloat16", mem_fraction_static=config.mem_fraction, enable_memory_saver=True,
-                       cuda_graph_max_bs=max(64, min(samples, 512)),  # larger batches decode without a graph
-                       disable_piecewise_cuda_graph=True,  # the memory saver does not know graphs of the prefill
-                       enforce_disable_flashinfer_allreduce_fusion=True)  # it needs NVLink multicast
+    own = -(-config.prompts_per_step * config.group_size // (config.gpus // config.gpus_per_engine))
+    if config.device == "cpu":  # if it ran out of tokens, it would need CUDA
+        return dict(args, dtype="float32", max_running_requests=own, max_total_tokens=(own + 1) * config.context_length)
+    return dict(args, dtype="bfloat16", mem_fraction_static=config.mem_fraction, enable_memory_saver=True,
+                cuda_graph_max_bs=max(64, min(own, 512)),  # larger batches decode without a graph
+                disable_piecewise_cuda_graph=True,  # the memory saver does not know graphs of the prefill
+                enforce_disable_flashinfer_allreduce_fusion=True)  # it needs NVLink multicast
 
 
 class Engine:
@@ -438,7 +439,7 @@ class Engine:
             from sglang.srt.server_args import ServerArgs
             args = {RENAMED[name] if hasattr(ServerArgs, RENAMED.get(name, "")) else name: args[name] for name in args}
             SGLangEngine.run_scheduler_process_func = staticmethod(partial(run_scheduler, pool.register_inputs))
-            SGLangEngine._launch_detokenizer_subprocesses = lambda **_: ([], [])  # token ids pass it by
+            SGLangEngine._launch_detokenizer_subprocesses = lambda **_: ([], [])  # skip_tokenizer_init idles it
             # A scheduler reports its death by SIGQUIT, at which SGLang would kill this actor and all that it knows.
             self.engine = SGLangEngine(**args, custom_sigquit_handler=signal.SIG_IGN)
         except Exception as error:
@@ -536,11 +537,10 @@ class Trainer:
             state = torch.load(f"{model}/optimizer.pt", weights_only=True)
             set_optimizer_state_dict(self.model, self.optimizer, state, options=StateDictOptions(full_state_dict=True))
             self.optimizer.param_groups[0]["lr"] = self.config.learning_rate  # a resumed run may have another
-        device = next(self.model.parameters()).to_local().device  # in use, not as told
-        return {"rank": self.rank, "handle": self.share_weights(), **read_device(device.index or 0)}
+        return {"rank": self.rank, **read_device(next(self.model.parameters()).to_local().device.index or 0)}  # in use
 
     def train(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
-        """A step for each share of rows, none from a "bad" tensor on, the first not finite; then fill the buffer."""
+        """A step for each share of rows, none once a tensor is not finite ("bad" names the first); fills the buffer."""
         config, ranks, losses, metrics = self.config, dist.get_world_size(), [], {"bad": first_bad(batch)}
         rows = torch.arange(len(batch["tokens"])).view(config.updates_per_step, ranks, -1)  # [B] -> [updates, ranks, b]
         totals = [batch["mask"][share.flatten()].sum().item() for share in rows]  # tokens of all ranks
@@ -566,7 +566,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         self.gather_weights()
         if self.on_gpu and torch.cuda.memory_reserved() > torch.cuda.mem_get_info()[0]:
-            torch.cuda.empty_cache()  # the engine's weights, as large as a part of this, wake next
+            torch.cuda.empty_cache()  # the engine's weights wake next, no more than what is held here
         gap = torch.cat([(p["old_logprobs"] - p["rollout_logprobs"]).abs()[p["mask"] > 0] for p in parts])
         return metrics | {"loss": sum(losses).item(), "difference_max": gap.max().item(),
                           "difference_mean": gap.sum().item() / sum(totals)}
@@ -600,7 +600,7 @@ class Trainer:
         self.backend.synchronize()
 
     def share_weights(self) -> bytes:
-        """Once: make the buffer by which engines get all weights, a slot in it for each rank; returns its handle."""
+        """Once, before training: make the buffer by which engines get all weights; returns the handle to map it by."""
         parameters, ranks = dict(self.model.named_parameters()), dist.get_world_size()  # tied weights come once
         sizes = [ranks * -(-p.shape[0] // ranks) * math.prod(p.shape[1:]) for p in parameters.values()]
         self._whole = torch.full([sum(sizes)], torch.nan, dtype=self.dtype, device=self.device).split(sizes)
@@ -612,12 +612,12 @@ class Trainer:
 
     @torch.no_grad()
     def gather_weights(self) -> None:
-        """All ranks at once: fill the buffer by which engines get all weights."""
+        """All ranks at once: fill the buffer, which engines have mapped by now."""
         torch._foreach_copy_(self._filled, [p.to_local().flatten() for p in self.optimizer.param_groups[0]["params"]])
         if dist.get_world_size() > 1:
             dist.group.WORLD.allgather_into_tensor_coalesced(self._whole, self._slots).wait()
         self.backend.synchronize()  # the reader, in another process, does not wait for this stream
-        for name in Path("/dev/shm").glob(f"torch_{os.getpid()}_*"):  # mapped by now; Ray ends what would remove it
+        for name in Path("/dev/shm").glob(f"torch_{os.getpid()}_*"):  # Ray ends the process that would remove it
             name.unlink()
 
     def save(self, folder: str) -> None:
@@ -756,7 +756,7 @@ class Loop:
         self.devices = check_same_device(readings, self.schedulers)
         # Overwritten with NaNs, then noise, and sent, weights must be those loaded from disk; only GPUs can compare.
         self.each(self.engines, "wake", ["weights"])
-        handles, tp = [reading["handle"] for reading in readings], self.config.gpus_per_engine
+        handles, tp = self.each(self.trainers, "share_weights"), self.config.gpus_per_engine
         self.each(self.engines, "update_weights", own=[("0", handles[i : i + tp]) for i in range(0, len(handles), tp)])
         self.each(self.engines, "check_weights", "reset_tensors")
         self.each(self.trainers, "gather_weights")
@@ -934,7 +934,7 @@ def run(config: Config, task: Task, folder: Path, metrics: list[dict], stopped_b
                 bar.write("  ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}"
                                     for name, x in metrics[-1].items() if "gib_" not in name))
                 if len(bad := [row["skipped"] for row in metrics[-3:] if "skipped" in row]) == 3:
-                    raise FloatingPointError(f"{bad[2]} is not finite, for the third step in a row. Check the rewards.")
+                    raise FloatingPointError(f"{bad[2]} is not finite, 3rd step in a row. Check rewards, learning rate.")
         plot(metrics, folder / "reward.png")
         summary = dict(steps=config.steps, heldout_reward_before=metrics[0]["heldout_reward_before"],
                        heldout_reward_after=metrics[-1]["heldout_reward"], wall_seconds=time.perf_counter() - start,

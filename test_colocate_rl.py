@@ -814,7 +814,7 @@ sys.exit(c.main(sys.argv[1:]))
 def test_steps_with_bad_numbers_are_skipped_and_three_in_a_row_end_the_run(tmp_path):
     job = Job(tmp_path, script=REWARDS)
     status, output = job.end(100)
-    assert status == 1 and "error: rewards is not finite, for the third step in a row" in output, output
+    assert status == 1 and "error: rewards is not finite, 3rd step in a row" in output, output
     rows = [json.loads(line) for line in next(tmp_path.glob("runs/*/metrics.jsonl")).read_text().splitlines()]
     assert [row.get("skipped") for row in rows] == [None, "rewards", None, "rewards", "rewards", "rewards"]
     assert "loss" in rows[2] and "loss" not in rows[1] and "restart" not in output
@@ -1074,6 +1074,29 @@ def test_draw_with_seeds_follows_the_distribution():
         assert torch.allclose(again, torch.outer(probabilities, probabilities).flatten(), atol=0.01)
 
 
+@pytest.mark.parametrize(("seed", "position", "token"), [(237, 14, 2639), (412, 4, 5803), (593, 13, 1003)])
+def test_a_certain_token_is_drawn_however_late_it_rings(seed, position, token):
+    """These have hashes that are 1 in fp32, at which time is infinite."""
+    for others in (-math.inf, -60.0):
+        logprobs = torch.full((1, 8192), others)
+        logprobs[0, token] = 0.0
+        assert c.draw_with_seeds(logprobs, torch.tensor([seed]), torch.tensor([position])).item() == token
+
+
+def test_an_improbable_token_is_not_drawn_however_soon_it_rings():
+    """This one has the hash 0."""
+    logprobs = torch.full((1, 8192), 1 / 8192).log()
+    logprobs[0, 1921] = -60.0
+    assert c.draw_with_seeds(logprobs, torch.tensor([41692]), torch.tensor([6])).item() != 1921
+
+
+def test_every_bit_of_seed_and_position_counts():
+    flat, bits = torch.zeros(62, 100_000), torch.tensor([1 << bit for bit in range(62)])
+    fixed = torch.zeros(62, dtype=torch.int64)
+    assert len(c.draw_with_seeds(flat, bits, fixed).unique()) >= 61
+    assert len(c.draw_with_seeds(flat[:31], fixed[:31], bits[:31]).unique()) >= 30
+
+
 def test_draw_with_seeds_leaves_the_tail_its_share():
     """Of 50,000 tokens that have 1 % together, and 50,000 of 1e-12 each."""
     many = 50_000
@@ -1253,7 +1276,8 @@ def trainers(group, folder, ranks, model, resume=False, **settings):
         return c.wait_for([getattr(actor, method).remote(*args) for actor in actors], 120, method)
 
     try:
-        call.readings = call("start", str(folder / "rendezvous"), ranks, str(model), resume)
+        call("start", str(folder / "rendezvous"), ranks, str(model), resume)
+        call.handles = call("share_weights")
         yield call
     finally:  # a test that fails must not keep the others' GPUs
         for actor in actors:
@@ -1325,8 +1349,8 @@ def test_syncs_repeat_the_copies_of_sglang_s_loader(two_gpus, engines, tiny_mode
     c.wait_for([e.__ray_call__.remote(lambda self: self.engine.flush_cache() and None) for e in actors], 60, "flush")
     before = [ask(engine, [[3, 4, 5, 2]], temperature=0.0, max_new_tokens=4)[0] for engine in actors]
     with trainers(two_gpus, tmp_path / "trainers", 2, tiny_model) as call:
-        calls = [engine.update_weights.remote("0", [reading["handle"]])
-                 for engine, reading in zip(actors, call.readings, strict=True)]
+        calls = [engine.update_weights.remote("0", [handle])
+                 for engine, handle in zip(actors, call.handles, strict=True)]
         c.wait_for(calls, 60, "share")
         for sync in ("1", "2"):
             c.wait_for([engine.check_weights.remote("reset_tensors") for engine in actors], 60, "reset")
