@@ -934,7 +934,7 @@ def run(config: Config, task: Task, folder: Path, metrics: list[dict], stopped_b
                 bar.write("  ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}"
                                     for name, x in metrics[-1].items() if "gib_" not in name))
                 if len(bad := [row["skipped"] for row in metrics[-3:] if "skipped" in row]) == 3:
-                    raise FloatingPointError(f"{bad[2]} is not finite, 3rd step in a row. Check rewards, learning rate.")
+                    raise FloatingPointError(f"{bad[2]} is not finite, 3 steps in a row. Check rewards, learning rate.")
         plot(metrics, folder / "reward.png")
         summary = dict(steps=config.steps, heldout_reward_before=metrics[0]["heldout_reward_before"],
                        heldout_reward_after=metrics[-1]["heldout_reward"], wall_seconds=time.perf_counter() - start,

@@ -814,7 +814,7 @@ sys.exit(c.main(sys.argv[1:]))
 def test_steps_with_bad_numbers_are_skipped_and_three_in_a_row_end_the_run(tmp_path):
     job = Job(tmp_path, script=REWARDS)
     status, output = job.end(100)
-    assert status == 1 and "error: rewards is not finite, 3rd step in a row" in output, output
+    assert status == 1 and "error: rewards is not finite, 3 steps in a row" in output, output
     rows = [json.loads(line) for line in next(tmp_path.glob("runs/*/metrics.jsonl")).read_text().splitlines()]
     assert [row.get("skipped") for row in rows] == [None, "rewards", None, "rewards", "rewards", "rewards"]
     assert "loss" in rows[2] and "loss" not in rows[1] and "restart" not in output
