@@ -1405,6 +1405,7 @@ def test_a_rollout_that_the_trainer_disagrees_with_stops_the_run(two_gpus, tiny_
     loop.trainers = [ray.remote(c.Trainer).options(**c.on_bundle(two_gpus, 0, c.TRAINER_SHARE)).remote(
         str(tmp_path / "trainer.log"), 0, bundle, loop.config)]
     loop.each(loop.trainers, "start", str(tmp_path / "rendezvous"), 1, tiny_model)
+    loop.each(loop.trainers, "share_weights")
     samples = [c.Sample([3, 4, 5, 2], [6, 7], [-2.5, -2.5], "0")] * 4  # the model's are another value
     with pytest.raises(FloatingPointError, match="logprob_difference_mean is .* expected below 0.0001"):
         loop.train(c.make_batch(samples, torch.zeros(4)))
