@@ -8,6 +8,7 @@ on. GRPO (arXiv:2402.03300) with DAPO's token mean and asymmetric clip (arXiv:25
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import importlib.metadata
 import ipaddress
@@ -36,6 +37,7 @@ import pynvml
 import ray
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_optimizer_state_dict
@@ -152,8 +154,7 @@ class Bundle:  # one GPU of the placement group, as its probe found it
     uuid: str | None = None  # None on a machine without GPUs
 
 
-# One engine: tensor parallel rank r runs on `bundles[r]`, whose local index is `base_gpu_id + r`.
-EnginePlacement = namedtuple("EnginePlacement", "engine bundles base_gpu_id node_ip")
+EnginePlacement = namedtuple("EnginePlacement", "engine bundles base_gpu_id node_ip")  # tp_rank r: base_gpu_id + r
 
 
 def plan_engines(bundles: Sequence[Bundle], gpus_per_engine: int) -> list[EnginePlacement]:
@@ -247,9 +248,8 @@ def wait_for(refs: list, timeout_s: float, what: str, actors: Iterable[Any] = ()
 
 
 # ---- 4. Engine: one Ray actor a SGLang engine, and what runs inside its scheduler processes -------------------------
+SGLANG = importlib.metadata.version("sglang")
 MEMORY_TAGS = ("kv_cache", "weights", "cuda_graph")  # SGLang's names for what can sleep
-# Settings of SGLang, and their names in 0.5.14 and later:
-RENAMED = dict(cuda_graph_max_bs="cuda_graph_max_bs_decode", disable_piecewise_cuda_graph="disable_prefill_cuda_graph")
 GraphPool = namedtuple("GraphPool", "in_saver register_inputs alloc_conf why")  # what plan_graph_pool decides on
 Sample = namedtuple("Sample", "prompt_ids response_ids logprobs weight_version")  # one logprob a response token, nats
 ENGINE_FAULTS = (  # in an engine's log, with cause and remedy; these two were taken for one and the same fault
@@ -295,7 +295,7 @@ def parse_engine_log(text: str) -> EngineLogReport:
 def plan_graph_pool(version: str, memory_saver: bool, tp_size: int, alloc_conf: str, prefer: str) -> GraphPool:
     """Where CUDA graphs keep their memory, "saver" or "resident" as preferred, so that capture cannot fail: all-reduce
     v2 registers its inputs through CUDA IPC, which refuses memory of the memory saver and of expandable segments."""
-    handled = tuple(map(int, re.findall(r"\d+", version)[:3])) >= (0, 5, 15)  # by SGLang itself
+    handled = Version(version) >= Version("0.5.15")  # by SGLang itself
     in_saver = memory_saver and prefer == "saver"
     register_inputs = not in_saver or handled or tp_size == 1
     why = f"SGLang {version}, TP={tp_size}: CUDA graphs {'in' if in_saver else 'outside'} the memory saver"
@@ -402,10 +402,11 @@ def engine_args(config: Config, placement: EnginePlacement, model: str) -> dict[
     own = -(-config.prompts_per_step * config.group_size // (config.gpus // config.gpus_per_engine))
     if config.device == "cpu":  # if it ran out of tokens, it would need CUDA
         return dict(args, dtype="float32", max_running_requests=own, max_total_tokens=(own + 1) * config.context_length)
+    newer = Version(SGLANG) >= Version("0.5.14")  # it renamed both; larger batches decode without a graph
+    graphs = {"cuda_graph_max_bs_decode" if newer else "cuda_graph_max_bs": max(64, min(own, 512)),
+              "disable_prefill_cuda_graph" if newer else "disable_piecewise_cuda_graph": True}  # no memory saver there
     return dict(args, dtype="bfloat16", mem_fraction_static=config.mem_fraction, enable_memory_saver=True,
-                cuda_graph_max_bs=max(64, min(own, 512)),  # larger batches decode without a graph
-                disable_piecewise_cuda_graph=True,  # the memory saver does not know graphs of the prefill
-                enforce_disable_flashinfer_allreduce_fusion=True)  # it needs NVLink multicast
+                enforce_disable_flashinfer_allreduce_fusion=True, **graphs)  # it needs NVLink multicast
 
 
 class Engine:
@@ -419,9 +420,8 @@ class Engine:
 
     def start(self, args: dict[str, Any], prefer: str = "resident", pool: GraphPool | None = None) -> list[dict]:
         """Start SGLang, with `pool` in place of the plan if given; returns each scheduler's reading, by tp_rank."""
-        alloc_conf = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF", "")  # as torch
-        pool = pool or plan_graph_pool(importlib.metadata.version("sglang"), args.get("enable_memory_saver", False),
-                                       args["tp_size"], alloc_conf, prefer)
+        conf = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF", "")  # as torch
+        pool = pool or plan_graph_pool(SGLANG, args.get("enable_memory_saver", False), args["tp_size"], conf, prefer)
         os.environ |= {"SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{self.log}.rendezvous",  # needs no port
                        "SGLANG_MEMORY_SAVER_CUDA_GRAPH": str(pool.in_saver).lower(),
                        "PYTORCH_CUDA_ALLOC_CONF": pool.alloc_conf, "PYTORCH_ALLOC_CONF": pool.alloc_conf}
@@ -436,8 +436,6 @@ class Engine:
                 numbers = [str(local_gpu_index(token, uuids)) for token in visible_devices(visible, len(uuids))]
                 os.environ |= {"CUDA_VISIBLE_DEVICES": ",".join(numbers), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
             from sglang.srt.entrypoints.engine import Engine as SGLangEngine
-            from sglang.srt.server_args import ServerArgs
-            args = {RENAMED[name] if hasattr(ServerArgs, RENAMED.get(name, "")) else name: args[name] for name in args}
             SGLangEngine.run_scheduler_process_func = staticmethod(partial(run_scheduler, pool.register_inputs))
             SGLangEngine._launch_detokenizer_subprocesses = lambda **_: ([], [])  # skip_tokenizer_init idles it
             # A scheduler reports its death by SIGQUIT, at which SGLang would kill this actor and all that it knows.
@@ -520,8 +518,6 @@ class Trainer:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))  # Ray sets 1
         dist.init_process_group("nccl" if self.on_gpu else "gloo", init_method=f"file://{rendezvous}", rank=self.rank,
                                 world_size=world_size, timeout=timedelta(seconds=self.config.timeout))
-        mesh = dist.init_device_mesh(self.device.type, (world_size,))
-        precision = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32)
         self.model = AutoModelForCausalLM.from_pretrained(
             model, dtype=torch.float32, trust_remote_code=self.config.trust_remote_code)
         layers = [m for m in self.model.modules() if type(m).__name__ in (self.model._no_split_modules or ())]
@@ -529,15 +525,25 @@ class Trainer:
         for layer in layers:
             layer.forward = compiled(layer.forward)  # of the layer itself, FSDP's hooks would be a part
         self._token_logprobs = compiled(token_logprobs)  # compiled, it keeps no logits in fp32
-        for module in (*layers, self.model):  # moved to the device shard by shard
-            fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+        mesh = dist.init_device_mesh(self.device.type, (world_size,))
+        for module in (*layers, self.model) if world_size > 1 else ():  # moved to the device shard by shard
+            fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32))
+        if world_size == 1:  # FSDP2 would copy each parameter by itself, and a GPU wait for the CPU
+            self.model._apply(lambda tensor: tensor.to(self.device, copy=True))  # out of the file's memory
+            self.model.forward = torch.autocast(self.device.type, self.dtype, enabled=self.on_gpu)(self.model.forward)
+        self._local = torch.no_grad()(lambda t: t.to_local() if world_size > 1 else t.detach())  # with grad it is slow
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate, weight_decay=0.0,
                                            fused=True)
         if resume:
-            state = torch.load(f"{model}/optimizer.pt", weights_only=True)
+            state = copy.deepcopy(torch.load(f"{model}/optimizer.pt", weights_only=True))  # out of the file's memory
             set_optimizer_state_dict(self.model, self.optimizer, state, options=StateDictOptions(full_state_dict=True))
             self.optimizer.param_groups[0]["lr"] = self.config.learning_rate  # a resumed run may have another
-        return {"rank": self.rank, **read_device(next(self.model.parameters()).to_local().device.index or 0)}  # in use
+        sizes = [world_size * -(-p.shape[0] // world_size) * math.prod(p.shape[1:]) for p in self.model.parameters()]
+        shards = [self._local(p) for p in self.model.parameters()]  # tied weights come once
+        self._whole = torch.full([sum(sizes)], torch.nan, dtype=self.dtype, device=self.device).split(sizes)
+        self._slots = [whole.chunk(world_size)[self.rank] for whole in self._whole]
+        self._filled = [slot[: shard.numel()] for slot, shard in zip(self._slots, shards, strict=True)]
+        return {"rank": self.rank, **read_device(shards[0].device.index or 0)}  # in use
 
     def train(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
         """A step for each share of rows, none once a tensor is not finite ("bad" names the first); fills the buffer."""
@@ -558,7 +564,8 @@ class Trainer:
                 (loss * ranks).backward()  # FSDP averages over ranks; the loss is a share of a sum
                 losses.append(loss.detach() / len(parts))
             part["old_logprobs"] = torch.cat(logprobs_before)
-            metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).full_tensor().item()
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            metrics["grad_norm"] = (norm.full_tensor() if ranks > 1 else norm).item()
             if not math.isfinite(metrics["grad_norm"]):  # all ranks see this alike; a tensor of one must not decide
                 metrics["bad"] = metrics["bad"] or first_bad(part) or "gradient"
             if not metrics["bad"]:
@@ -576,10 +583,9 @@ class Trainer:
         logits = self.model(input_ids=tokens[:, :-1], use_cache=False).logits  # [B, T-1, V]
         return self._token_logprobs(logits, tokens[:, 1:], self.config.temperature)
 
-    @torch.no_grad()  # with it, `to_local` is free
     def _storages(self) -> list[torch.UntypedStorage]:
         moments = [state[name] for state in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-        return [t.to_local().untyped_storage() for t in (*self.model.parameters(), *moments) if self.config.offload]
+        return [self._local(t).untyped_storage() for t in (*self.model.parameters(), *moments) if self.config.offload]
 
     def offload(self) -> None:
         """Copy weights and optimizer state to pinned host memory, kept for the whole run, and free the device's."""
@@ -600,20 +606,14 @@ class Trainer:
         self.backend.synchronize()
 
     def share_weights(self) -> bytes:
-        """Once, before training: make the buffer by which engines get all weights; returns the handle to map it by."""
-        parameters, ranks = dict(self.model.named_parameters()), dist.get_world_size()  # tied weights come once
-        sizes = [ranks * -(-p.shape[0] // ranks) * math.prod(p.shape[1:]) for p in parameters.values()]
-        self._whole = torch.full([sum(sizes)], torch.nan, dtype=self.dtype, device=self.device).split(sizes)
-        self._slots = [whole.chunk(ranks)[self.rank] for whole in self._whole]
-        self._filled = [slot[: p.to_local().numel()] for slot, p in zip(self._slots, parameters.values(), strict=True)]
+        """The handle by which an engine maps the buffer of all weights, once; after that, `gather_weights`."""
         torch.multiprocessing.set_sharing_strategy("file_system")  # on a CPU: by name, for the reader is no child
         return bytes(ForkingPickler.dumps([(name, whole[: p.numel()].view(p.shape)) for (name, p), whole
-                                           in zip(parameters.items(), self._whole, strict=True)]))
+                                           in zip(self.model.named_parameters(), self._whole, strict=True)]))
 
-    @torch.no_grad()
     def gather_weights(self) -> None:
         """All ranks at once: fill the buffer, which engines have mapped by now."""
-        torch._foreach_copy_(self._filled, [p.to_local().flatten() for p in self.optimizer.param_groups[0]["params"]])
+        torch._foreach_copy_(self._filled, [self._local(p).flatten() for p in self.optimizer.param_groups[0]["params"]])
         if dist.get_world_size() > 1:
             dist.group.WORLD.allgather_into_tensor_coalesced(self._whole, self._slots).wait()
         self.backend.synchronize()  # the reader, in another process, does not wait for this stream
