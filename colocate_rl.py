@@ -8,13 +8,12 @@ on. GRPO (arXiv:2402.03300) with DAPO's token mean and asymmetric clip (arXiv:25
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import importlib.metadata
 import ipaddress
 import json
 import math
-import multiprocessing.connection
+import multiprocessing
 import os
 import random
 import re
@@ -54,7 +53,7 @@ def _option(default: Any, group: str, help: str, **limits: Any) -> Any:
 class Config:
     """Every setting of a run; the command line is made from it. Numbers: above 0, or at least `low`; below `high`."""
     steps: int = _option(50, "run", "training steps")
-    seed: int = _option(0, "run", "makes a run repeatable: initial weights, data order, sampling", low=0)
+    seed: int = _option(0, "run", "makes a run repeatable: initial weights, data, sampling", low=0, high=2**32)
     heldout_every: int = _option(10, "run", "every this many steps: score the held-out prompts, write a checkpoint")
     resume: str = _option("", "run", "folder of a run to go on with, by its own settings where none are given")
     max_restarts: int = _option(2, "run", "restarts from the last checkpoint, anew after each new step", low=0)
@@ -95,8 +94,8 @@ def check_config(config: Config, task: "Task") -> list[str]:
             rules.append((option.name, ok, f"{'above 0' if low is None else f'at least {low}'}, below {high or 'inf'}"))
     tp, samples = config.gpus_per_engine, config.prompts_per_step * config.group_size
     shares = max(1, config.gpus * config.updates_per_step)
-    longest = max(len(prompt) for prompt, _ in task.problems) + config.max_new_tokens
-    rules += [("context_length", longest <= config.context_length, f"at least {longest}, for prompt and answer"),
+    needed = max(len(prompt) for prompt, _ in task.problems) + max(config.max_new_tokens + 2, 7)  # SGLang keeps some
+    rules += [("context_length", needed <= config.context_length, f"at least {needed}, for prompt, answer and engine"),
               ("model", (size := len(task.tokenizer)) <= task.vocab_size, f"an embedding of {size} tokens or more"),
               ("gpus_per_engine", tp == 1 or config.device == "cuda" or config.dry_run, "1 on a CPU"),
               ("gpus", tp < 1 or config.gpus % tp == 0 < config.gpus, f"a multiple of --gpus-per-engine, {tp}"),
@@ -138,8 +137,7 @@ def local_gpu_index(gpu_id: int | str, visible: Sequence[str]) -> int:
     return positions[0]
 
 
-def _same_device(one: str, other: str) -> bool:
-    """CUDA takes a UUID cut short, so either may be a prefix of the other."""
+def _same_device(one: str, other: str) -> bool:  # CUDA takes a UUID cut short: either may be a prefix of the other
     uuids = one.startswith("GPU-") and other.startswith("GPU-")
     return one == other or uuids and (one.startswith(other) or other.startswith(one))
 
@@ -223,7 +221,7 @@ def probe_bundle(index: int) -> Bundle:
 def read_device(local_index: int) -> dict[str, Any]:
     """What the calling process sees at an index; without GPUs the UUID is None."""
     uuid = f"GPU-{torch.cuda.get_device_properties(local_index).uuid}" if torch.cuda.is_available() else None
-    return dict(pid=os.getpid(), visible=os.environ.get("CUDA_VISIBLE_DEVICES"), local_index=local_index, uuid=uuid)
+    return dict(pid=os.getpid(), local_index=local_index, uuid=uuid)
 
 
 def probe_bundles(group: PlacementGroup, timeout_s: float) -> list[Bundle]:
@@ -448,7 +446,7 @@ class Engine:
         return [info["reading"] for info in self.engine._scheduler_init_result.scheduler_infos]
 
     def memory_used(self) -> list[float]:
-        """GiB in use on each of the engine's GPUs, by whomever, as nvidia-smi counts it; takes no CUDA context."""
+        """GiB in use on each of the engine's GPUs, by whomever, as NVML counts it; takes no CUDA context."""
         return [pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(u)).used / 2**30 for u in self.uuids]
 
     def generate(self, prompts: list[list[int]], sampling: list[dict[str, Any]]) -> list[Sample]:
@@ -507,8 +505,8 @@ class Trainer:
         import transformers  # noqa: F401  slow: here it happens while the engines start
         self.device = torch.device("cuda", bundle.local_index) if self.on_gpu else torch.device("cpu")
         self.backend = torch.get_device_module(self.device)  # torch.cuda or torch.cpu
-        self.dtype = torch.bfloat16 if self.on_gpu else torch.float32  # the engine's; here weights and sums are in fp32
-        self._host: list[torch.Tensor] = []  # what offload moved, in the order of _storages
+        self.dtype = torch.bfloat16 if self.on_gpu else torch.float32  # of the engine and of products; weights are fp32
+        self._moved: list[tuple[torch.Tensor, torch.Tensor]] = []  # bytes on the device, and their place on the host
 
     def start(self, rendezvous: str, world_size: int, model: str, resume: bool = False) -> dict[str, Any]:
         """Join the process group, by a file that all ranks see, and load the model; to `resume`, the optimizer, too."""
@@ -525,25 +523,25 @@ class Trainer:
         for layer in layers:
             layer.forward = compiled(layer.forward)  # of the layer itself, FSDP's hooks would be a part
         self._token_logprobs = compiled(token_logprobs)  # compiled, it keeps no logits in fp32
-        mesh = dist.init_device_mesh(self.device.type, (world_size,))
-        for module in (*layers, self.model) if world_size > 1 else ():  # moved to the device shard by shard
-            fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32))
-        if world_size == 1:  # FSDP2 would copy each parameter by itself, and a GPU wait for the CPU
-            self.model._apply(lambda tensor: tensor.to(self.device, copy=True))  # out of the file's memory
+        if world_size > 1:
+            mesh = dist.init_device_mesh(self.device.type, (world_size,))
+            for module in (*layers, self.model):  # moved to the device shard by shard
+                fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32))
+        else:  # FSDP2 would copy each parameter by itself, and a GPU wait for the CPU
+            self.model._apply(lambda tensor: tensor.to(self.device, copy=True))  # offload cannot free a mapped file
             self.model.forward = torch.autocast(self.device.type, self.dtype, enabled=self.on_gpu)(self.model.forward)
-        self._local = torch.no_grad()(lambda t: t.to_local() if world_size > 1 else t.detach())  # with grad it is slow
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate, weight_decay=0.0,
-                                           fused=True)
+        parameters = list(self.model.parameters())  # tied weights come once
+        self.optimizer = torch.optim.AdamW(parameters, lr=self.config.learning_rate, weight_decay=0.0, fused=True)
         if resume:
-            state = copy.deepcopy(torch.load(f"{model}/optimizer.pt", weights_only=True))  # out of the file's memory
+            state = torch.load(f"{model}/optimizer.pt", weights_only=True, map_location=lambda s, _: s.clone())
             set_optimizer_state_dict(self.model, self.optimizer, state, options=StateDictOptions(full_state_dict=True))
             self.optimizer.param_groups[0]["lr"] = self.config.learning_rate  # a resumed run may have another
-        sizes = [world_size * -(-p.shape[0] // world_size) * math.prod(p.shape[1:]) for p in self.model.parameters()]
-        shards = [self._local(p) for p in self.model.parameters()]  # tied weights come once
-        self._whole = torch.full([sum(sizes)], torch.nan, dtype=self.dtype, device=self.device).split(sizes)
-        self._slots = [whole.chunk(world_size)[self.rank] for whole in self._whole]
-        self._filled = [slot[: shard.numel()] for slot, shard in zip(self._slots, shards, strict=True)]
-        return {"rank": self.rank, **read_device(shards[0].device.index or 0)}  # in use
+        parts = [world_size * math.ceil(p.shape[0] / world_size) * math.prod(p.shape[1:]) for p in parameters]  # padded
+        self._whole = torch.full([sum(parts)], torch.nan, dtype=self.dtype, device=self.device).split(parts)
+        self._slots = [whole.chunk(world_size)[self.rank] for whole in self._whole]  # this rank's equal part of each
+        self._shards = [shard_of(p).view(-1) for p in parameters]
+        self._filled = [slot[: len(shard)] for slot, shard in zip(self._slots, self._shards, strict=True)]  # unpadded
+        return {"rank": self.rank, **read_device(self._shards[0].device.index or 0)}  # in use
 
     def train(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
         """A step for each share of rows, none once a tensor is not finite ("bad" names the first); fills the buffer."""
@@ -583,26 +581,24 @@ class Trainer:
         logits = self.model(input_ids=tokens[:, :-1], use_cache=False).logits  # [B, T-1, V]
         return self._token_logprobs(logits, tokens[:, 1:], self.config.temperature)
 
-    def _storages(self) -> list[torch.UntypedStorage]:
-        moments = [state[name] for state in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-        return [self._local(t).untyped_storage() for t in (*self.model.parameters(), *moments) if self.config.offload]
-
     def offload(self) -> None:
         """Copy weights and optimizer state to pinned host memory, kept for the whole run, and free the device's."""
-        storages = self._storages()
-        self._host += [torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=self.on_gpu)
-                       for storage in storages[len(self._host) :]]
-        for storage, host in zip(storages, self._host, strict=True):
-            host.copy_(torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage), non_blocking=True)
-            storage.resize_(0)  # goes back to torch, which can use it after the copy only
+        moments = [state[name] for state in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        movable = [*self.model.parameters(), *moments] if self.config.offload else []
+        for tensor in movable[len(self._moved) :]:  # weights the first time; moments after the first optimizer step
+            device = torch.empty(0, dtype=torch.uint8, device=self.device).set_(shard_of(tensor).untyped_storage())
+            self._moved.append((device, torch.empty_like(device, device="cpu", pin_memory=self.on_gpu)))
+        for device, host in self._moved:
+            host.copy_(device, non_blocking=True)
+            device.untyped_storage().resize_(0)  # goes back to torch, which can use it after the copy only
         self.backend.synchronize()
         torch.cuda.empty_cache()  # without a GPU nothing happens
 
     def onload(self) -> None:
         """Bring back what `offload` moved. Tensors stay the same objects; the storage behind them comes and goes."""
-        for storage, host in zip(self._storages(), self._host, strict=True):
-            storage.resize_(host.nbytes)
-            torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage).copy_(host, non_blocking=True)
+        for device, host in self._moved:
+            device.untyped_storage().resize_(host.nbytes)
+            device.copy_(host, non_blocking=True)
         self.backend.synchronize()
 
     def share_weights(self) -> bytes:
@@ -613,7 +609,7 @@ class Trainer:
 
     def gather_weights(self) -> None:
         """All ranks at once: fill the buffer, which engines have mapped by now."""
-        torch._foreach_copy_(self._filled, [self._local(p).flatten() for p in self.optimizer.param_groups[0]["params"]])
+        torch._foreach_copy_(self._filled, self._shards)
         if dist.get_world_size() > 1:
             dist.group.WORLD.allgather_into_tensor_coalesced(self._whole, self._slots).wait()
         self.backend.synchronize()  # the reader, in another process, does not wait for this stream
@@ -625,8 +621,13 @@ class Trainer:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights, state = get_state_dict(self.model, self.optimizer, options=options)
         if self.rank == 0:
-            self.model.save_pretrained(folder, state_dict=weights)  # safetensors
+            tied = self.model.all_tied_weights_keys  # copies by now, which would be written twice
+            self.model.save_pretrained(folder, state_dict={name: w for name, w in weights.items() if name not in tied})
             torch.save(state, f"{folder}/optimizer.pt")
+
+
+def shard_of(tensor: torch.Tensor) -> torch.Tensor:  # this rank's part if FSDP2 has sharded it; in the same memory
+    return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor.detach()
 
 
 def first_bad(tensors: dict[str, torch.Tensor]) -> str | None:
@@ -653,12 +654,11 @@ def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: to
               ref_logprobs: torch.Tensor | None = None, kl_coef: float = 0.0,
               rollout_logprobs: torch.Tensor | None = None, importance_cap: float = 0.0) -> torch.Tensor:
     """The clipped policy-gradient loss, a scalar: the sum over response tokens divided by `num_tokens`.
-
-    Log-probabilities are [B, T] in nats: of the policy that learns, with gradient; `old`, the trainer's before the
-    first update on this batch; `ref`, the reference's; `rollout`, the engine's. advantages: [B] or [B, T]. mask [B, T]:
-    1 for response tokens. num_tokens: over all micro-batches and ranks, whose losses sum up to the mean over tokens
-    (DAPO, equation 8). The ratio counts within [1 - clip_low, 1 + clip_high] (DAPO, section 3.1). kl_coef weighs the k3
-    KL to a reference (joschu.net/blog/kl-approx.html). With importance_cap, tokens weigh min(old / rollout, cap)."""
+    Log-probabilities are [B, T] in nats: the learner's, with gradient; `old`, before the first update on this batch;
+    `ref`, a reference's; `rollout`, the engine's. advantages: [B] or [B, T]. mask [B, T]: 1 for response tokens.
+    num_tokens: of all micro-batches and ranks, whose losses sum up to the mean over tokens (DAPO, equation 8). The
+    ratio counts within [1 - clip_low, 1 + clip_high] (DAPO, section 3.1). kl_coef weighs the k3 KL to the reference
+    (joschu.net/blog/kl-approx.html). With importance_cap, tokens weigh min(old / rollout, cap)."""
     advantages = advantages.unsqueeze(-1) if advantages.dim() == 1 else advantages  # [B] -> [B, 1]
     padding = mask == 0  # whatever stands there, even an infinity, must not reach the loss or its gradient
     ratio = torch.exp((logprobs - old_logprobs).masked_fill(padding, 0.0))
@@ -736,9 +736,9 @@ class Loop:
         try:
             return wait_for(calls, self.config.timeout, method, self.logs)
         except ray.exceptions.RayActorError as error:
-            dead = next(actor for actor in self.logs if actor._actor_id.hex() == error.actor_id)
-            ((name, report),) = self.read_logs([dead]).items()
-            raise EngineError(f"{name} died in {method}: {report.fault or error}\n  log: {self.logs[dead]}") from error
+            (log,) = [log for actor, log in self.logs.items() if actor._actor_id.hex() == error.actor_id] or [None]
+            why = parse_engine_log(log.read_text(errors="replace")).fault if log else "Ray does not say which"
+            raise EngineError(f"{log and log.stem} died in {method}: {why or error}\n  log: {log}") from error
 
     def read_logs(self, actors: Sequence[Any]) -> dict[str, EngineLogReport]:
         return {self.logs[a].stem: parse_engine_log(self.logs[a].read_text(errors="replace")) for a in actors}
