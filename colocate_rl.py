@@ -758,8 +758,8 @@ class Loop:
         self.each(self.engines, "wake", ["weights"])
         handles, tp = self.each(self.trainers, "share_weights"), self.config.gpus_per_engine
         self.each(self.engines, "update_weights", own=[("0", handles[i : i + tp]) for i in range(0, len(handles), tp)])
-        self.each(self.engines, "check_weights", "reset_tensors")
         self.each(self.trainers, "gather_weights")
+        self.each(self.engines, "check_weights", "reset_tensors")
         self.sync_weights()
         if self.config.device == "cuda":
             self.each(self.engines, "check_weights", "compare")
