@@ -707,10 +707,10 @@ faults = {
     (3, "generate"): lambda: kill(schedulers(), 0.05),
     (12, "train"): lambda: (trainers()[0].suspend(), kill(schedulers())),  # it sleeps, and nobody waits for it
     (14, "sync"): lambda: kill(schedulers()),
-    (16, "train"): lambda: kill(trainers(), 0.03),
+    (16, "train"): lambda: kill(trainers(), 0.005),
     (19, "checkpoint"): lambda: trainers()[0].rlimit(psutil.RLIMIT_FSIZE, (100_000, 100_000)),  # as a full disk
     (25, "generate"): lambda: schedulers()[0].suspend(),  # a request that never finishes
-    (29, "checkpoint"): lambda: kill(trainers(), 0.01),
+    (29, "checkpoint"): lambda: kill(trainers(), 0.003),
 } if "--gpus" not in sys.argv else {  # of all ranks, one
     (3, "generate"): lambda: kill(schedulers()[-1:], 0.02),
     (12, "train"): lambda: kill(trainers()[-1:], 0.02),
@@ -821,7 +821,7 @@ def test_steps_with_bad_numbers_are_skipped_and_three_in_a_row_end_the_run(tmp_p
 
 
 @pytest.mark.parametrize(("process", "signals", "expected"), [
-    pytest.param("gcs_server", [signal.SIGTERM], 143, id="ray-and-sigterm"),
+    pytest.param("raylet/raylet", [signal.SIGTERM], 143, id="ray-and-sigterm"),
     pytest.param("spawn_main", [signal.SIGINT], 130, id="scheduler-and-ctrl-c"),
     pytest.param("spawn_main", [signal.SIGINT] * 2, 130, id="scheduler-and-ctrl-c-twice"),
 ])
