@@ -402,7 +402,7 @@ def engine_args(config: Config, placement: EnginePlacement, model: str) -> dict[
         return dict(args, dtype="float32", max_running_requests=own, max_total_tokens=(own + 1) * config.context_length)
     newer = Version(SGLANG) >= Version("0.5.14")  # it renamed both; larger batches decode without a graph
     graphs = {"cuda_graph_max_bs_decode" if newer else "cuda_graph_max_bs": max(64, min(own, 512)),
-              "disable_prefill_cuda_graph" if newer else "disable_piecewise_cuda_graph": True}  # no memory saver there
+              "disable_prefill_cuda_graph" if newer else "disable_piecewise_cuda_graph": True}  # no saver for a prefill
     return dict(args, dtype="bfloat16", mem_fraction_static=config.mem_fraction, enable_memory_saver=True,
                 enforce_disable_flashinfer_allreduce_fusion=True, **graphs)  # it needs NVLink multicast
 

@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -1425,7 +1424,7 @@ def test_the_saved_model_loads_in_transformers_and_sglang(main_job, two_gpus, en
 
 # ---- GPUs -----------------------------------------------------------------------------------------------------------
 
-SGLANG = tuple(map(int, re.findall(r"\d+", version("sglang"))[:3]))
+SGLANG = c.Version(c.SGLANG).release
 GRAPH_SIZES = "cuda_graph_bs_decode" if SGLANG >= (0, 5, 14) else "cuda_graph_bs"
 
 
