@@ -719,9 +719,8 @@ class Loop:
     """Engines and trainers that share the GPUs of a plan, and the phases of a step."""
     def __init__(self, config: Config, task: Task, folder: Path, group: PlacementGroup, plan: list[EnginePlacement]):
         def actor(kind: type, number: int, bundle: Bundle, share: float, *args: Any) -> Any:
-            log = folder / f"{kind.__name__.lower()}{number}.log"
+            (log := folder / f"{kind.__name__.lower()}{number}.log").touch()
             handle = ray.remote(kind).options(**on_bundle(group, bundle.index, share)).remote(str(log), *args)
-            log.touch()
             self.logs[handle] = log
             return handle
         self.config, self.task, self.folder, self.plan, self.version = config, task, folder, plan, 0
@@ -736,9 +735,10 @@ class Loop:
         try:
             return wait_for(calls, self.config.timeout, method, self.logs)
         except ray.exceptions.RayActorError as error:
-            (log,) = [log for actor, log in self.logs.items() if actor._actor_id.hex() == error.actor_id] or [None]
-            why = parse_engine_log(log.read_text(errors="replace")).fault if log else "Ray does not say which"
-            raise EngineError(f"{log and log.stem} died in {method}: {why or error}\n  log: {log}") from error
+            dead = [actor for actor in self.logs if actor._actor_id.hex() == error.actor_id]
+            for name, log in self.read_logs(dead).items():  # of none, if Ray does not say which
+                raise EngineError(f"{name} died in {method}: {log.fault or error}\n{self.folder}/{name}.log") from error
+            raise
 
     def read_logs(self, actors: Sequence[Any]) -> dict[str, EngineLogReport]:
         return {self.logs[a].stem: parse_engine_log(self.logs[a].read_text(errors="replace")) for a in actors}
@@ -885,9 +885,9 @@ def run(config: Config, task: Task, folder: Path, metrics: list[dict], stopped_b
     """Fill `metrics`, a row a step, from the last checkpoint on; leave no process; note signals in `stopped_by`."""
     def stop(number: int, frame: Any) -> None:
         stopped_by.append(number)
-        if armed and armed.pop():
+        if armed:
             raise KeyboardInterrupt  # ray.get passes it on; of a SystemExit it makes its own
-    armed = [True]  # to raise once, and not in the clean-up, which comes to its end
+    armed = [True]  # until the clean-up, which comes to its end
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     options: dict[str, Any] = dict(runtime_env={"py_modules": [__file__]}, log_to_driver=False, logging_level="error")
