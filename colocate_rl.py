@@ -40,7 +40,6 @@ from packaging.version import Version
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_optimizer_state_dict
-from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 
@@ -332,34 +331,19 @@ def run_scheduler(register_inputs: bool, server_args: Any, port_args: Any, gpu_i
     run_scheduler_process(server_args, port_args, gpu_id, *args)
 
 
-class NoteWrites(TorchDispatchMode):
-    """Notes what a model's loader copies out of a tensor's memory, what it fills, and what else it does."""
-    def __init__(self, tensor: torch.Tensor):
-        super().__init__()
-        self.address, self.copies, self.fills, self.others = tensor.untyped_storage().data_ptr(), [], [], []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if function is torch.ops.aten.copy_.default and args[1].untyped_storage().data_ptr() == self.address:
-            self.copies.append(args[:2])
-        elif function is torch.ops.aten.fill_.Scalar:
-            self.fills.append(args)
-        elif not function.is_view:
-            self.others.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 def receive_weights(model: torch.nn.Module, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
     """Runs in every scheduler process. The first call brings all weights, in memory of the trainer that stays mapped,
-    and loads them by SGLang's own rules. Later ones bring none, and repeat the writes, if the rules come to no more."""
-    if named_tensors or model.noted.others:
-        model.mapped = named_tensors or model.mapped
-        with NoteWrites(model.mapped[0][1]) as model.noted:
-            model.load_weights(model.mapped)
-        print(f"load: {len(model.noted.copies)} copies {len(model.noted.fills)} fills", *model.noted.others, flush=True)
-    else:
-        for tensor, value in model.noted.fills:  # loaders do not fill what they have copied
-            tensor.fill_(value)
-        torch._foreach_copy_(*map(list, zip(*model.noted.copies, strict=True)))
+    and loads them by SGLang's own rules. Later ones bring none, and do the same again: on a GPU, as a CUDA graph."""
+    if named_tensors:
+        model.reload = partial(model.load_weights, named_tensors)
+    model.reload()
+    if named_tensors and named_tensors[0][1].is_cuda:
+        try:
+            with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+                model.reload()
+            model.mapped, model.reload = named_tensors, graph.replay
+        except RuntimeError as error:  # this model's loader waits for the GPU
+            print(f"WARNING: syncs run the loader itself, which a CUDA graph cannot hold: {error}", flush=True)
     torch.get_device_module(next(model.parameters()).device).synchronize()  # the trainer may write there again
 
 
@@ -506,13 +490,13 @@ class Trainer:
         self.device = torch.device("cuda", bundle.local_index) if self.on_gpu else torch.device("cpu")
         self.backend = torch.get_device_module(self.device)  # torch.cuda or torch.cpu
         self.dtype = torch.bfloat16 if self.on_gpu else torch.float32  # of the engine and of products; weights are fp32
-        self._moved: list[tuple[torch.Tensor, torch.Tensor]] = []  # bytes on the device, and their place on the host
 
     def start(self, rendezvous: str, world_size: int, model: str, resume: bool = False) -> dict[str, Any]:
         """Join the process group, by a file that all ranks see, and load the model; to `resume`, the optimizer, too."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         from transformers import AutoModelForCausalLM
         self.backend.set_device(self.device)
+        self._copies = self.backend.Stream()
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))  # Ray sets 1
         dist.init_process_group("nccl" if self.on_gpu else "gloo", init_method=f"file://{rendezvous}", rank=self.rank,
                                 world_size=world_size, timeout=timedelta(seconds=self.config.timeout))
@@ -528,19 +512,31 @@ class Trainer:
             for module in (*layers, self.model):  # moved to the device shard by shard
                 fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32))
         else:  # FSDP2 would copy each parameter by itself, and a GPU wait for the CPU
-            self.model._apply(lambda tensor: tensor.to(self.device, copy=True))  # offload cannot free a mapped file
+            self.model.to(self.device)
             self.model.forward = torch.autocast(self.device.type, self.dtype, enabled=self.on_gpu)(self.model.forward)
         parameters = list(self.model.parameters())  # tied weights come once
         self.optimizer = torch.optim.AdamW(parameters, lr=self.config.learning_rate, weight_decay=0.0, fused=True)
+        for p in parameters:  # as AdamW begins
+            self.optimizer.state[p] = dict(step=torch.zeros((), device=self.device),
+                                           exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         if resume:
-            state = torch.load(f"{model}/optimizer.pt", weights_only=True, map_location=lambda s, _: s.clone())
+            state = torch.load(f"{model}/optimizer.pt", weights_only=True)
             set_optimizer_state_dict(self.model, self.optimizer, state, options=StateDictOptions(full_state_dict=True))
             self.optimizer.param_groups[0]["lr"] = self.config.learning_rate  # a resumed run may have another
+        moments = [state[name] for state in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
         parts = [world_size * math.ceil(p.shape[0] / world_size) * math.prod(p.shape[1:]) for p in parameters]  # padded
-        self._whole = torch.full([sum(parts)], torch.nan, dtype=self.dtype, device=self.device).split(parts)
-        self._slots = [whole.chunk(world_size)[self.rank] for whole in self._whole]  # this rank's equal part of each
-        self._shards = [shard_of(p).view(-1) for p in parameters]
-        self._filled = [slot[: len(shard)] for slot, shard in zip(self._slots, self._shards, strict=True)]  # unpadded
+        buffer = torch.full([sum(parts)], torch.nan, dtype=self.dtype, device=self.device)
+        self._whole = buffer.split(parts)
+        if world_size == 1:
+            self._shards, self._slots = [pack(parameters)], [buffer]
+        else:  # FSDP2 keeps each shard in memory of its own, padded
+            self._shards = [shard_of(p).view(-1) for p in parameters]
+            self._slots = [whole.chunk(world_size)[self.rank] for whole in self._whole]
+        held = [*self._shards, pack(moments)] if self.config.offload else []
+        held = [tensor.new_empty(0).set_(tensor.untyped_storage()) for tensor in held]
+        self._moved = [(device, device.to("cpu", copy=True)) for device in held]  # and its place on the host
+        for _, host in self._moved if self.on_gpu else ():  # pinned; pin_memory() would take the next power of two
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0))
         return {"rank": self.rank, **read_device(self._shards[0].device.index or 0)}  # in use
 
     def train(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -567,11 +563,15 @@ class Trainer:
             if not math.isfinite(metrics["grad_norm"]):  # all ranks see this alike; a tensor of one must not decide
                 metrics["bad"] = metrics["bad"] or first_bad(part) or "gradient"
             if not metrics["bad"]:
+                self.backend.current_stream().wait_stream(self._copies)  # of `onload`
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.gather_weights()
         if self.on_gpu and torch.cuda.memory_reserved() > torch.cuda.mem_get_info()[0]:
             torch.cuda.empty_cache()  # the engine's weights wake next, no more than what is held here
+        with self.backend.stream(self._copies):  # goes on while the engine takes the weights
+            for device, host in self._moved:
+                host.copy_(device, non_blocking=True)
         gap = torch.cat([(p["old_logprobs"] - p["rollout_logprobs"]).abs()[p["mask"] > 0] for p in parts])
         return metrics | {"loss": sum(losses).item(), "difference_max": gap.max().item(),
                           "difference_mean": gap.sum().item() / sum(totals)}
@@ -582,24 +582,22 @@ class Trainer:
         return self._token_logprobs(logits, tokens[:, 1:], self.config.temperature)
 
     def offload(self) -> None:
-        """Copy weights and optimizer state to pinned host memory, kept for the whole run, and free the device's."""
-        moments = [state[name] for state in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-        movable = [*self.model.parameters(), *moments] if self.config.offload else []
-        for tensor in movable[len(self._moved) :]:  # weights the first time; moments after the first optimizer step
-            device = torch.empty(0, dtype=torch.uint8, device=self.device).set_(shard_of(tensor).untyped_storage())
-            self._moved.append((device, torch.empty_like(device, device="cpu", pin_memory=self.on_gpu)))
-        for device, host in self._moved:
-            host.copy_(device, non_blocking=True)
-            device.untyped_storage().resize_(0)  # goes back to torch, which can use it after the copy only
+        """Free the device's memory of weights and optimizer state, once `train` has copied them to the host."""
         self.backend.synchronize()
+        for device, _ in self._moved:
+            device.untyped_storage().resize_(0)  # tensors stay the same objects; the storage behind them comes and goes
         torch.cuda.empty_cache()  # without a GPU nothing happens
 
     def onload(self) -> None:
-        """Bring back what `offload` moved. Tensors stay the same objects; the storage behind them comes and goes."""
+        """Bring the weights back; the optimizer state arrives while `train` makes the first gradients."""
         for device, host in self._moved:
             device.untyped_storage().resize_(host.nbytes)
-            device.copy_(host, non_blocking=True)
-        self.backend.synchronize()
+        with self.backend.stream(self._copies):
+            for device, host in self._moved[:-1]:
+                device.copy_(host, non_blocking=True)
+            self.backend.synchronize()
+            for device, host in self._moved[-1:]:
+                device.copy_(host, non_blocking=True)
 
     def share_weights(self) -> bytes:
         """The handle by which an engine maps the buffer of all weights, once; after that, `gather_weights`."""
@@ -609,7 +607,8 @@ class Trainer:
 
     def gather_weights(self) -> None:
         """All ranks at once: fill the buffer, which engines have mapped by now."""
-        torch._foreach_copy_(self._filled, self._shards)
+        for slot, shard in zip(self._slots, self._shards, strict=True):
+            slot[: len(shard)].copy_(shard)
         if dist.get_world_size() > 1:
             dist.group.WORLD.allgather_into_tensor_coalesced(self._whole, self._slots).wait()
         self.backend.synchronize()  # the reader, in another process, does not wait for this stream
@@ -626,8 +625,17 @@ class Trainer:
             torch.save(state, f"{folder}/optimizer.pt")
 
 
-def shard_of(tensor: torch.Tensor) -> torch.Tensor:  # this rank's part if FSDP2 has sharded it; in the same memory
-    return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor.detach()
+def shard_of(tensor: torch.Tensor) -> torch.Tensor:  # itself, or the very tensor that holds this rank's part
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def pack(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Lay tensors, or this rank's shards of them, side by side in one piece of memory, which is returned."""
+    shards = [shard_of(tensor) for tensor in tensors]
+    piece = torch.cat([shard.data.flatten() for shard in shards])
+    for shard, part in zip(shards, piece.split([shard.numel() for shard in shards]), strict=True):
+        shard.data = part.view_as(shard)
+    return piece
 
 
 def first_bad(tensors: dict[str, torch.Tensor]) -> str | None:

@@ -50,6 +50,14 @@ MIG = "MIG-GPU-aaaaaaaa-1111-2222-3333-444444444444/1/0"
 EIGHT = list("01234567")
 
 
+def skip_below(count):
+    return pytest.mark.skipif(GPUS < count, reason=f"needs {count} GPUs, this machine has {GPUS}")
+
+
+def gpu_case(count, *values, id):
+    return pytest.param(*values, id=id, marks=[pytest.mark.gpu, skip_below(count)])
+
+
 def without_gpus():
     if GPUS:
         pytest.skip("is about a machine without GPUs; this one's would be used")
@@ -1326,7 +1334,8 @@ def test_training_does_not_depend_on_ranks_or_micro_batches(trained):
     assert set(after_one) == set(after_two) == set(before)  # tied weights once
     assert any(not torch.equal(after_one[name], before[name]) for name in before)
     for name in before:
-        assert torch.allclose(after_one[name], after_two[name], atol=2e-6), name
+        difference = (after_one[name] - after_two[name]).abs()  # Adam makes much of a gradient that is next to nothing
+        assert difference.max() < 1e-5 and difference.mean() < 1e-8, name
     for step in range(2):
         assert sum(rank["loss"] for rank in two[step]) == pytest.approx(one[step][0]["loss"], abs=1e-6)
         assert two[step][0]["grad_norm"] == pytest.approx(one[step][0]["grad_norm"], rel=1e-4)
@@ -1343,7 +1352,7 @@ def test_compiled_training_is_the_same_but_for_rounding(trained):
         assert fused["grad_norm"] == pytest.approx(eager["grad_norm"], rel=1e-4)
 
 
-def test_syncs_repeat_the_copies_of_sglang_s_loader(two_gpus, engines, tiny_model, tmp_path):
+def test_syncs_repeat_sglang_s_loader(two_gpus, engines, tiny_model, tmp_path):
     """From two ranks with half of each weight to two engines, onto noise."""
     actors, _ = engines  # without what earlier prompts left in the cache: a shorter prefill rounds otherwise
     c.wait_for([e.__ray_call__.remote(lambda self: self.engine.flush_cache() and None) for e in actors], 60, "flush")
@@ -1359,9 +1368,6 @@ def test_syncs_repeat_the_copies_of_sglang_s_loader(two_gpus, engines, tiny_mode
             for engine, expected in zip(actors, before, strict=True):
                 found = ask(engine, [[3, 4, 5, 2]], temperature=0.0, max_new_tokens=4)[0]
                 assert found.logprobs == expected.logprobs and found.weight_version == sync
-    for engine in actors:
-        log = Path(c.wait_for([engine.__ray_call__.remote(lambda self: self.log)], 60, "log")[0]).read_text()
-        assert re.findall(r"load: (.*)", log) == ["24 copies 1 fills"], log[-3000:]
 
 
 class Loaded(torch.nn.Module):
@@ -1369,10 +1375,11 @@ class Loaded(torch.nn.Module):
 
     def __init__(self, read):
         super().__init__()
-        self.weight, self.read = torch.nn.Parameter(torch.full((4, 6), torch.nan)), read
+        self.weight, self.read, self.calls = torch.nn.Parameter(torch.full((4, 6), torch.nan)), read, 0
         self.register_buffer("derived", torch.full((2, 6), torch.nan))
 
     def load_weights(self, named_tensors):
+        self.calls += 1
         for (_, tensor), columns in zip(named_tensors, self.weight.data.split(3, dim=1), strict=True):
             columns[:2].copy_(self.read(tensor.narrow(0, 1, 2)))
         self.weight[2:].data.fill_(0)
@@ -1380,23 +1387,24 @@ class Loaded(torch.nn.Module):
             self.derived = self.weight.data[:2] + 1
 
 
-@pytest.mark.parametrize(("read", "repeated"), [
-    pytest.param(lambda part: part.view(2, 3).contiguous(), True, id="copies"),
-    pytest.param(torch.clone, False, id="clone-and-derived"), pytest.param(torch.Tensor.double, False, id="cast"),
-    pytest.param(lambda part: torch.cat([part[:1], part[1:]]), False, id="cat"),
-    pytest.param(lambda part: torch.tensor(part.tolist()), False, id="to-the-host")])
-def test_later_syncs_write_all_that_the_first_wrote(read, repeated):
-    memory, model = torch.full([18], torch.nan), Loaded(read)
+@pytest.mark.parametrize("device", ["cpu", gpu_case(1, "cuda", id="cuda")])
+@pytest.mark.parametrize(("read", "calls_on_a_gpu"), [  # one load, one capture; then none, where that is possible
+    pytest.param(lambda part: part.view(2, 3).contiguous(), 2, id="copies"),
+    pytest.param(torch.clone, 2, id="clone-and-derived"), pytest.param(torch.Tensor.double, 2, id="cast"),
+    pytest.param(lambda part: torch.cat([part[:1], part[1:]]), 2, id="cat"),
+    pytest.param(lambda part: part.new_tensor(part.tolist()), 4, id="to-the-host")])
+def test_later_syncs_write_all_that_the_first_wrote(device, read, calls_on_a_gpu):
+    memory, model = torch.full([18], torch.nan, device=device), Loaded(read).to(device)
     for sync in range(3):
         first, second = memory.view(2, 3, 3)
         c.receive_weights(model, [] if sync else [("first", first), ("second", second)])
-        assert (not model.noted.others) == repeated
         if sync:
             rows = torch.cat([first[1:], second[1:]], 1)
-            assert torch.equal(model.weight, torch.cat([rows, torch.zeros(2, 6)]))
+            assert torch.equal(model.weight, torch.cat([rows, torch.zeros(2, 6, device=device)]))
             assert read is not torch.clone or torch.equal(model.derived, rows + 1)
         memory.normal_()
         model.weight.data.fill_(torch.nan)
+    assert model.calls == (3 if device == "cpu" else calls_on_a_gpu)
 
 
 def test_a_rollout_that_the_trainer_disagrees_with_stops_the_run(two_gpus, tiny_model, tmp_path):
@@ -1426,14 +1434,6 @@ def test_the_saved_model_loads_in_transformers_and_sglang(main_job, two_gpus, en
 
 SGLANG = c.Version(c.SGLANG).release
 GRAPH_SIZES = "cuda_graph_bs_decode" if SGLANG >= (0, 5, 14) else "cuda_graph_bs"
-
-
-def skip_below(count):
-    return pytest.mark.skipif(GPUS < count, reason=f"needs {count} GPUs, this machine has {GPUS}")
-
-
-def gpu_case(count, *values, id):
-    return pytest.param(*values, id=id, marks=[pytest.mark.gpu, skip_below(count)])
 
 
 def nvidia_smi(what):
@@ -1495,6 +1495,8 @@ def finished(job):
     folder, process = job
     assert process.wait(timeout=500) == 0, (folder / "output").read_text()
     (summary,) = (json.loads(path.read_text()) for path in folder.glob("runs/*/summary.json"))
+    for log in folder.glob("runs/*/attempt0/engine*.log"):
+        assert "WARNING: syncs run the loader itself" not in log.read_text()
     wrong = {what: reading for what, right, reading in summary["checklist"] if right is False}
     # Two steps teach nothing, and the memory is that of all jobs.
     assert set(wrong) <= {"held-out reward", "memory asleep", "memory does not grow"}, wrong
@@ -1898,12 +1900,20 @@ def pinned_copies(trainer):
     return moved, *found
 
 
-def step_once(trainer):
-    """So that there is an optimizer state to move."""
-    for parameter in trainer.model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad(set_to_none=True)
+def moves(trainer):
+    """Seconds of each offload and onload, with the copies that training hides."""
+    found = [], []
+    for _ in range(9):
+        start = time.perf_counter()
+        for device, host in trainer._moved:  # as train does at its end
+            host.copy_(device, non_blocking=True)
+        trainer.offload()
+        middle = time.perf_counter()
+        trainer.onload()
+        torch.cuda.synchronize()
+        for kind, seconds in zip(found, (middle - start, time.perf_counter() - middle), strict=True):
+            kind.append(seconds)
+    return found
 
 
 @pytest.mark.bench
@@ -1921,20 +1931,14 @@ def test_sleep_and_wake(colocated):
     table(["", "ms: median (least - most)"], *[[name, spread(seconds[2:])] for name, seconds in rounds.items()])
     loop.each(loop.engines, "sleep")
     loop.each(loop.trainers, "onload")
-    in_actors(loop.trainers, step_once)
-    moves = {"offload": [], "onload": []}
-    for _ in range(9):
-        for name, found in moves.items():
-            start = time.perf_counter()
-            loop.each(loop.trainers, name)
-            found.append(time.perf_counter() - start)
+    away, back = in_actors(loop.trainers, moves)[0]
     loop.each(loop.trainers, "offload")
     size, down, up = in_actors(loop.trainers, pinned_copies)[0]
     print(f"\ntrainer offload and onload, Qwen3-{shape}, {tp} rank(s), {size / 1e9:.2f} GB a rank")
     table(["", "ms: median (least - most)", "GB/s"], *[
         [name, spread(seconds), f"{size / 1e9 / sorted(seconds)[len(seconds) // 2]:.1f}"]
-        for name, seconds in (("offload", moves["offload"][2:]), ("one pinned copy to the host", down[1:]),
-                              ("onload", moves["onload"][2:]), ("one pinned copy to the device", up[1:]))])
+        for name, seconds in (("offload", away[2:]), ("one pinned copy to the host", down[1:]),
+                              ("onload", back[2:]), ("one pinned copy to the device", up[1:]))])
     loop.each(loop.trainers, "onload")
     end_of_step(loop)
 
