@@ -332,8 +332,8 @@ def run_scheduler(register_inputs: bool, server_args: Any, port_args: Any, gpu_i
 
 
 def receive_weights(model: torch.nn.Module, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
-    """Runs in every scheduler process. The first call brings all weights, in memory of the trainer that stays mapped,
-    and loads them by SGLang's own rules. Later ones bring none, and do the same again: on a GPU, as a CUDA graph."""
+    """Runs in every scheduler process: SGLang's own loader, first with all weights, in memory of the trainer that stays
+    mapped. Later calls bring none, and do the same again: on a GPU, as a CUDA graph."""
     if named_tensors:
         model.reload = partial(model.load_weights, named_tensors)
     model.reload()
@@ -527,14 +527,11 @@ class Trainer:
         parts = [world_size * math.ceil(p.shape[0] / world_size) * math.prod(p.shape[1:]) for p in parameters]  # padded
         buffer = torch.full([sum(parts)], torch.nan, dtype=self.dtype, device=self.device)
         self._whole = buffer.split(parts)
-        if world_size == 1:
-            self._shards, self._slots = [pack(parameters)], [buffer]
-        else:  # FSDP2 keeps each shard in memory of its own, padded
-            self._shards = [shard_of(p).view(-1) for p in parameters]
-            self._slots = [whole.chunk(world_size)[self.rank] for whole in self._whole]
+        # On one rank all weights are one piece; FSDP2 keeps each shard by itself, in memory with padding.
+        self._shards = [pack(parameters)] if world_size == 1 else [p.detach().to_local().view(-1) for p in parameters]
+        self._slots = [buffer] if world_size == 1 else [whole.chunk(world_size)[self.rank] for whole in self._whole]
         held = [*self._shards, pack(moments)] if self.config.offload else []
-        held = [tensor.new_empty(0).set_(tensor.untyped_storage()) for tensor in held]
-        self._moved = [(device, device.to("cpu", copy=True)) for device in held]  # and its place on the host
+        self._moved = [(piece := t.new_empty(0).set_(t.untyped_storage()), piece.to("cpu", copy=True)) for t in held]
         for _, host in self._moved if self.on_gpu else ():  # pinned; pin_memory() would take the next power of two
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0))
         return {"rank": self.rank, **read_device(self._shards[0].device.index or 0)}  # in use
@@ -585,7 +582,7 @@ class Trainer:
         """Free the device's memory of weights and optimizer state, once `train` has copied them to the host."""
         self.backend.synchronize()
         for device, _ in self._moved:
-            device.untyped_storage().resize_(0)  # tensors stay the same objects; the storage behind them comes and goes
+            device.untyped_storage().resize_(0)  # all views stay the same objects; the memory behind comes and goes
         torch.cuda.empty_cache()  # without a GPU nothing happens
 
     def onload(self) -> None:
@@ -625,13 +622,9 @@ class Trainer:
             torch.save(state, f"{folder}/optimizer.pt")
 
 
-def shard_of(tensor: torch.Tensor) -> torch.Tensor:  # itself, or the very tensor that holds this rank's part
-    return getattr(tensor, "_local_tensor", tensor)
-
-
 def pack(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """Lay tensors, or this rank's shards of them, side by side in one piece of memory, which is returned."""
-    shards = [shard_of(tensor) for tensor in tensors]
+    shards = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]  # FSDP2's, or the tensor itself
     piece = torch.cat([shard.data.flatten() for shard in shards])
     for shard, part in zip(shards, piece.split([shard.numel() for shard in shards]), strict=True):
         shard.data = part.view_as(shard)
@@ -837,14 +830,13 @@ class Loop:
     def checklist(self, metrics: list[dict[str, Any]]) -> list[tuple[str, bool | None, str]]:
         """What this run has read of itself: (what, whether it is right or None if it cannot be read, the reading)."""
         first, last, tp, ranks = metrics[0], metrics[-1], self.config.gpus_per_engine, len(self.devices)
-        mean, most = (max((row.get(f"logprob_difference_{kind}", 0) for row in metrics)) for kind in ("mean", "max"))
+        mean, top = (max((row.get(f"logprob_difference_{kind}", 0) for row in metrics)) for kind in ("mean", "max"))
         before, after, made = first["heldout_reward_before"], last["heldout_reward"], sum("loss" in r for r in metrics)
-        lines = [
-            ("server started", True, f"{len(self.plan)} engine(s) of TP={tp}"),
-            ("weight version", True, f"that of the last sync in every sample; {self.version} syncs acknowledged"),
-            ("rollout and trainer agree", True, f"log-probabilities differ by {mean:.2g} nats, at most {most:.2g}"),
-            ("training steps", made == self.config.steps, f"{made} of {self.config.steps}"),
-            ("held-out reward", after > before, f"{before:.3f} -> {after:.3f}")]
+        lines = [("server started", True, f"{len(self.plan)} engine(s) of TP={tp}"),
+                 ("weight version", True, f"that of the last sync in every sample; {self.version} syncs acknowledged"),
+                 ("rollout and trainer agree", True, f"log-probabilities differ by {mean:.2g} nats, at most {top:.2g}"),
+                 ("training steps", made == self.config.steps, f"{made} of {self.config.steps}"),
+                 ("held-out reward", after > before, f"{before:.3f} -> {after:.3f}")]
         if self.config.device == "cpu":
             return lines + [("same GPU, all-reduce v2, CUDA graphs, exact weights, memory", None, "needs a GPU")]
         logs = list(self.read_logs(self.engines).values())
