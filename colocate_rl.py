@@ -525,8 +525,7 @@ class Trainer:
             self.optimizer.param_groups[0]["lr"] = self.config.learning_rate  # a resumed run may have another
         moments = [state[name] for state in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
         parts = [world_size * math.ceil(p.shape[0] / world_size) * math.prod(p.shape[1:]) for p in parameters]  # padded
-        buffer = torch.full([sum(parts)], torch.nan, dtype=self.dtype, device=self.device)
-        self._whole = buffer.split(parts)
+        self._whole = (buffer := torch.full([sum(parts)], torch.nan, dtype=self.dtype, device=self.device)).split(parts)
         # On one rank all weights are one piece; FSDP2 keeps each shard by itself, in memory with padding.
         self._shards = [pack(parameters)] if world_size == 1 else [p.detach().to_local().view(-1) for p in parameters]
         self._slots = [buffer] if world_size == 1 else [whole.chunk(world_size)[self.rank] for whole in self._whole]
@@ -542,6 +541,7 @@ class Trainer:
         rows = torch.arange(len(batch["tokens"])).view(config.updates_per_step, ranks, -1)  # [B] -> [updates, ranks, b]
         totals = [batch["mask"][share.flatten()].sum().item() for share in rows]  # tokens of all ranks
         parts = [{name: column[share[self.rank]].to(self.device) for name, column in batch.items()} for share in rows]
+        self._bring(self._moved[-1:])  # the optimizer state, while the GPU makes the first gradients
         with torch.no_grad():
             for part in parts[1:]:  # the first share trains with the weights that its old_logprobs are of
                 part["old_logprobs"] = torch.cat([*map(self._logprobs, part["tokens"].split(config.micro_batch))])
@@ -560,18 +560,19 @@ class Trainer:
             if not math.isfinite(metrics["grad_norm"]):  # all ranks see this alike; a tensor of one must not decide
                 metrics["bad"] = metrics["bad"] or first_bad(part) or "gradient"
             if not metrics["bad"]:
-                self.backend.current_stream().wait_stream(self._copies)  # of `onload`
+                self.backend.current_stream().wait_stream(self._copies)
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.gather_weights()
         if self.on_gpu and torch.cuda.memory_reserved() > torch.cuda.mem_get_info()[0]:
             torch.cuda.empty_cache()  # the engine's weights wake next, no more than what is held here
-        with self.backend.stream(self._copies):  # goes on while the engine takes the weights
+        gap = torch.cat([(p["old_logprobs"] - p["rollout_logprobs"]).abs()[p["mask"] > 0] for p in parts])
+        metrics |= {"loss": sum(losses).item(), "difference_max": gap.max().item(),
+                    "difference_mean": gap.sum().item() / sum(totals)}
+        with self.backend.stream(self._copies):  # on their way while the engine takes the weights; nothing else copies
             for device, host in self._moved:
                 host.copy_(device, non_blocking=True)
-        gap = torch.cat([(p["old_logprobs"] - p["rollout_logprobs"]).abs()[p["mask"] > 0] for p in parts])
-        return metrics | {"loss": sum(losses).item(), "difference_max": gap.max().item(),
-                          "difference_mean": gap.sum().item() / sum(totals)}
+        return metrics
 
     def _logprobs(self, tokens: torch.Tensor) -> torch.Tensor:
         """Log-probability of each next token, [B, T] -> [B, T-1]; with padding on the right, causality masks it."""
@@ -586,14 +587,14 @@ class Trainer:
         torch.cuda.empty_cache()  # without a GPU nothing happens
 
     def onload(self) -> None:
-        """Bring the weights back; the optimizer state arrives while `train` makes the first gradients."""
-        for device, host in self._moved:
-            device.untyped_storage().resize_(host.nbytes)
+        """Bring the weights back; `train`, which must come next, brings back the optimizer state."""
+        self._bring(self._moved[:-1])
+        self.backend.synchronize()
+
+    def _bring(self, moved: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         with self.backend.stream(self._copies):
-            for device, host in self._moved[:-1]:
-                device.copy_(host, non_blocking=True)
-            self.backend.synchronize()
-            for device, host in self._moved[-1:]:
+            for device, host in moved:
+                device.untyped_storage().resize_(host.nbytes)
                 device.copy_(host, non_blocking=True)
 
     def share_weights(self) -> bytes:
@@ -785,8 +786,7 @@ class Loop:
         advantages = group_advantages(rewards.view(-1, config.group_size)).flatten()  # [P*G] -> [P, G] -> [P*G]
         self.timed("sleep", self.each, self.engines, "sleep")
         self.timed("onload", self.each, self.trainers, "onload")
-        bad = first_bad({"rewards": rewards})
-        trained = {"skipped": bad} if bad else self.timed("train", self.train, make_batch(samples, advantages))
+        trained = self.timed("train", self.train, make_batch(samples, advantages))
         self.timed("wake_weights", self.each, self.engines, "wake", ["weights"])
         self.timed("sync", self.sync_weights)
         if due := (step + 1) % config.heldout_every == 0 or step + 1 == config.steps:
@@ -816,7 +816,7 @@ class Loop:
     def train(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
         results = self.each(self.trainers, "train", ray.put(batch))
         if bad := min((result["bad"] for result in results if result["bad"]), key="gradient".__eq__, default=None):
-            return {"skipped": bad}
+            return {"skipped": bad.replace("advantages", "rewards")}  # of which they are made
         mean = sum(result["difference_mean"] for result in results)  # each is a share of it
         if not mean < (limit := 0.02 if self.config.device == "cuda" else 1e-4):  # bf16, or fp32
             raise FloatingPointError(f"logprob_difference_mean is {mean:.2g}; expected below {limit}. Check the sync.")

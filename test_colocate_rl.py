@@ -1298,9 +1298,7 @@ def trained(two_gpus, tiny_model, batch, tmp_path_factory):
     for kind, ranks, settings in (("one", 1, {}), ("two", 2, dict(micro_batch=3)),
                                   ("compiled", 1, dict(compile=True, offload=False))):
         with trainers(two_gpus, folder / kind, ranks, tiny_model, **settings) as call:
-            call("offload"), call("onload")
-            metrics = [call("train", batch) for _ in range(2)]
-            call("offload"), call("onload")
+            metrics = [(call("offload"), call("onload"), call("train", batch))[-1] for _ in range(2)]
             call("save", str(folder / f"saved {kind}"))
         result[kind] = metrics, load_file(folder / f"saved {kind}" / "model.safetensors")
     return load_file(f"{tiny_model}/model.safetensors"), result
@@ -1910,6 +1908,7 @@ def moves(trainer):
         trainer.offload()
         middle = time.perf_counter()
         trainer.onload()
+        trainer._bring(trainer._moved[-1:])  # as train does at its start
         torch.cuda.synchronize()
         for kind, seconds in zip(found, (middle - start, time.perf_counter() - middle), strict=True):
             kind.append(seconds)
@@ -1985,14 +1984,14 @@ def plain_steps(trainer, batch):
 
 def no_learning(trainer):
     """The number of parameters. Between two steps no host copies, which a whole step hides behind other phases."""
-    trainer.moved_before, trainer._moved = trainer._moved, []
+    stay_on_the_gpu(trainer)
     trainer.optimizer.param_groups[0]["lr"] = 0.0
     trainer.config = c.dataclasses.replace(trainer.config, updates_per_step=1)
     return sum(parameter.numel() for parameter in trainer.model.parameters())
 
 
 def as_before(trainer, config):
-    trainer.config, trainer._moved = config, trainer.moved_before
+    trainer.config, trainer._moved = config, trainer.moved
 
 
 def train_steps_uncompiled(trainer, batch):
@@ -2069,7 +2068,9 @@ def test_rollout(colocated):
 
 
 def stay_on_the_gpu(trainer):
-    trainer.config, trainer._moved = c.dataclasses.replace(trainer.config, offload=False), []
+    trainer._bring(trainer._moved[-1:])
+    torch.cuda.synchronize()
+    trainer.moved, trainer._moved = trainer._moved, []
 
 
 def start_trace(trainer):
