@@ -317,9 +317,8 @@ def run_scheduler(register_inputs: bool, server_args: Any, port_args: Any, gpu_i
     if not register_inputs:
         from sglang.srt.distributed.device_communicators.custom_all_reduce_v2 import CustomAllReduceV2
         CustomAllReduceV2.capture = lambda self: contextlib.nullcontext()
-    send = args[-1].send
 
-    def send_ready(message: dict[str, Any]) -> None:
+    def send_ready(message: dict[str, Any], send: Callable = args[-1].send) -> None:
         # Set earlier it selects other kernels; now it makes a draw depend on its request's seed and position only.
         get_global_server_args().enable_deterministic_inference = True
         communicator = get_tp_group().ca_comm
@@ -511,8 +510,10 @@ class Trainer:
             mesh = dist.init_device_mesh(self.device.type, (world_size,))
             for module in (*layers, self.model):  # moved to the device shard by shard
                 fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32))
+            self._shards = [p.detach().to_local().view(-1) for p in self.model.parameters()]  # each by itself, padded
         else:  # FSDP2 would copy each parameter by itself, and a GPU wait for the CPU
             self.model.to(self.device)
+            self._shards = [pack(self.model.parameters())]  # all in one piece
             self.model.forward = torch.autocast(self.device.type, self.dtype, enabled=self.on_gpu)(self.model.forward)
         parameters = list(self.model.parameters())  # tied weights come once
         self.optimizer = torch.optim.AdamW(parameters, lr=self.config.learning_rate, weight_decay=0.0, fused=True)
@@ -526,13 +527,12 @@ class Trainer:
         moments = [state[name] for state in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
         parts = [world_size * math.ceil(p.shape[0] / world_size) * math.prod(p.shape[1:]) for p in parameters]  # padded
         self._whole = (buffer := torch.full([sum(parts)], torch.nan, dtype=self.dtype, device=self.device)).split(parts)
-        # On one rank all weights are one piece; FSDP2 keeps each shard by itself, in memory with padding.
-        self._shards = [pack(parameters)] if world_size == 1 else [p.detach().to_local().view(-1) for p in parameters]
         self._slots = [buffer] if world_size == 1 else [whole.chunk(world_size)[self.rank] for whole in self._whole]
-        held = [*self._shards, pack(moments)] if self.config.offload else []
-        self._moved = [(piece := t.new_empty(0).set_(t.untyped_storage()), piece.to("cpu", copy=True)) for t in held]
-        for _, host in self._moved if self.on_gpu else ():  # pinned; pin_memory() would take the next power of two
+        held = [t.new_empty(0).set_(t.untyped_storage()) for t in (*self._shards, pack(moments)) if self.config.offload]
+        host = torch.empty(sum(map(len, held)))
+        if held and self.on_gpu:  # pin it; pin_memory() would take the next power of two
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0))
+        self._moved = [(d, place.copy_(d)) for d, place in zip(held, host.split([*map(len, held)]), strict=True)]
         return {"rank": self.rank, **read_device(self._shards[0].device.index or 0)}  # in use
 
     def train(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -541,7 +541,9 @@ class Trainer:
         rows = torch.arange(len(batch["tokens"])).view(config.updates_per_step, ranks, -1)  # [B] -> [updates, ranks, b]
         totals = [batch["mask"][share.flatten()].sum().item() for share in rows]  # tokens of all ranks
         parts = [{name: column[share[self.rank]].to(self.device) for name, column in batch.items()} for share in rows]
-        self._bring(self._moved[-1:])  # the optimizer state, while the GPU makes the first gradients
+        with self.backend.stream(self._copies):  # the optimizer state comes while the GPU makes the first gradients
+            for device, host in self._moved[-1:]:
+                device.copy_(host, non_blocking=True)
         with torch.no_grad():
             for part in parts[1:]:  # the first share trains with the weights that its old_logprobs are of
                 part["old_logprobs"] = torch.cat([*map(self._logprobs, part["tokens"].split(config.micro_batch))])
@@ -587,15 +589,13 @@ class Trainer:
         torch.cuda.empty_cache()  # without a GPU nothing happens
 
     def onload(self) -> None:
-        """Bring the weights back; `train`, which must come next, brings back the optimizer state."""
-        self._bring(self._moved[:-1])
+        """Bring the weights back; `train`, which must come next, copies the optimizer state into its place."""
+        for device, host in self._moved[:-1]:
+            device.untyped_storage().resize_(host.nbytes)
+            device.copy_(host, non_blocking=True)
+        for device, host in self._moved[-1:]:
+            device.untyped_storage().resize_(host.nbytes)
         self.backend.synchronize()
-
-    def _bring(self, moved: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        with self.backend.stream(self._copies):
-            for device, host in moved:
-                device.untyped_storage().resize_(host.nbytes)
-                device.copy_(host, non_blocking=True)
 
     def share_weights(self) -> bytes:
         """The handle by which an engine maps the buffer of all weights, once; after that, `gather_weights`."""

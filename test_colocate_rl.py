@@ -1898,6 +1898,12 @@ def pinned_copies(trainer):
     return moved, *found
 
 
+def bring_moments(trainer):
+    """As train does at its start."""
+    for device, host in trainer._moved[-1:]:
+        device.copy_(host, non_blocking=True)
+
+
 def moves(trainer):
     """Seconds of each offload and onload, with the copies that training hides."""
     found = [], []
@@ -1908,7 +1914,7 @@ def moves(trainer):
         trainer.offload()
         middle = time.perf_counter()
         trainer.onload()
-        trainer._bring(trainer._moved[-1:])  # as train does at its start
+        bring_moments(trainer)
         torch.cuda.synchronize()
         for kind, seconds in zip(found, (middle - start, time.perf_counter() - middle), strict=True):
             kind.append(seconds)
@@ -2068,7 +2074,7 @@ def test_rollout(colocated):
 
 
 def stay_on_the_gpu(trainer):
-    trainer._bring(trainer._moved[-1:])
+    bring_moments(trainer)
     torch.cuda.synchronize()
     trainer.moved, trainer._moved = trainer._moved, []
 
