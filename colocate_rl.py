@@ -337,12 +337,14 @@ def receive_weights(model: torch.nn.Module, named_tensors: list[tuple[str, torch
         model.reload = partial(model.load_weights, named_tensors)
     model.reload()
     if named_tensors and named_tensors[0][1].is_cuda:
-        try:
-            with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+            torch.cuda.set_sync_debug_mode("error")  # what waits for the GPU raises before it can spoil the capture
+            try:
                 model.reload()
-            model.mapped, model.reload = named_tensors, graph.replay
-        except RuntimeError as error:  # this model's loader waits for the GPU
-            print(f"WARNING: syncs run the loader itself, which a CUDA graph cannot hold: {error}", flush=True)
+                model.mapped, model.reload = named_tensors, graph.replay
+            except RuntimeError as error:
+                print(f"WARNING: syncs run the loader itself, which a CUDA graph cannot hold: {error}", flush=True)
+            torch.cuda.set_sync_debug_mode("default")
     torch.get_device_module(next(model.parameters()).device).synchronize()  # the trainer may write there again
 
 
@@ -481,11 +483,12 @@ class Engine:
 
 # ---- 5. Trainer: one Ray actor a GPU; FSDP2; offload and onload; weights out ----------------------------------------
 class Trainer:
-    """A Ray actor on one GPU: the policy and its optimizer, sharded over all ranks."""
+    """A Ray actor on one GPU: the policy and its optimizer; if there are several, each has its shard (FSDP2)."""
     def __init__(self, log: str, rank: int, bundle: Bundle, config: Config):
         log_to(log)
         self.rank, self.config, self.on_gpu = rank, config, config.device == "cuda"
-        import transformers  # noqa: F401  slow: here it happens while the engines start
+        from transformers import AutoModelForCausalLM  # slow: here it happens while the engines start
+        self._load = AutoModelForCausalLM.from_pretrained
         self.device = torch.device("cuda", bundle.local_index) if self.on_gpu else torch.device("cpu")
         self.backend = torch.get_device_module(self.device)  # torch.cuda or torch.cpu
         self.dtype = torch.bfloat16 if self.on_gpu else torch.float32  # of the engine and of products; weights are fp32
@@ -493,14 +496,12 @@ class Trainer:
     def start(self, rendezvous: str, world_size: int, model: str, resume: bool = False) -> dict[str, Any]:
         """Join the process group, by a file that all ranks see, and load the model; to `resume`, the optimizer, too."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-        from transformers import AutoModelForCausalLM
         self.backend.set_device(self.device)
         self._copies = self.backend.Stream()
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))  # Ray sets 1
         dist.init_process_group("nccl" if self.on_gpu else "gloo", init_method=f"file://{rendezvous}", rank=self.rank,
                                 world_size=world_size, timeout=timedelta(seconds=self.config.timeout))
-        self.model = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.float32, trust_remote_code=self.config.trust_remote_code)
+        self.model = self._load(model, dtype=torch.float32, trust_remote_code=self.config.trust_remote_code)
         layers = [m for m in self.model.modules() if type(m).__name__ in (self.model._no_split_modules or ())]
         compiled = torch.compile if self.config.compile else lambda function: function
         for layer in layers:
@@ -517,9 +518,8 @@ class Trainer:
             self.model.forward = torch.autocast(self.device.type, self.dtype, enabled=self.on_gpu)(self.model.forward)
         parameters = list(self.model.parameters())  # tied weights come once
         self.optimizer = torch.optim.AdamW(parameters, lr=self.config.learning_rate, weight_decay=0.0, fused=True)
-        for p in parameters:  # as AdamW begins
-            self.optimizer.state[p] = dict(step=torch.zeros((), device=self.device),
-                                           exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        self.optimizer.state |= {p: dict(step=torch.zeros((), device=self.device), exp_avg=torch.zeros_like(p),
+                                         exp_avg_sq=torch.zeros_like(p)) for p in parameters}  # as AdamW begins
         if resume:
             state = torch.load(f"{model}/optimizer.pt", weights_only=True)
             set_optimizer_state_dict(self.model, self.optimizer, state, options=StateDictOptions(full_state_dict=True))
@@ -529,10 +529,11 @@ class Trainer:
         self._whole = (buffer := torch.full([sum(parts)], torch.nan, dtype=self.dtype, device=self.device)).split(parts)
         self._slots = [buffer] if world_size == 1 else [whole.chunk(world_size)[self.rank] for whole in self._whole]
         held = [t.new_empty(0).set_(t.untyped_storage()) for t in (*self._shards, pack(moments)) if self.config.offload]
-        host = torch.empty(sum(map(len, held)))
+        host = torch.empty(sum(map(len, held)))  # weights first, the moments last
         if held and self.on_gpu:  # pin it; pin_memory() would take the next power of two
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0))
         self._moved = [(d, place.copy_(d)) for d, place in zip(held, host.split([*map(len, held)]), strict=True)]
+        torch.cuda.empty_cache()  # the engine's weights wake next
         return {"rank": self.rank, **read_device(self._shards[0].device.index or 0)}  # in use
 
     def train(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -571,7 +572,7 @@ class Trainer:
         gap = torch.cat([(p["old_logprobs"] - p["rollout_logprobs"]).abs()[p["mask"] > 0] for p in parts])
         metrics |= {"loss": sum(losses).item(), "difference_max": gap.max().item(),
                     "difference_mean": gap.sum().item() / sum(totals)}
-        with self.backend.stream(self._copies):  # on their way while the engine takes the weights; nothing else copies
+        with self.backend.stream(self._copies):  # goes on while the engine takes the weights; all above has ended
             for device, host in self._moved:
                 host.copy_(device, non_blocking=True)
         return metrics
@@ -590,11 +591,10 @@ class Trainer:
 
     def onload(self) -> None:
         """Bring the weights back; `train`, which must come next, copies the optimizer state into its place."""
-        for device, host in self._moved[:-1]:
-            device.untyped_storage().resize_(host.nbytes)
-            device.copy_(host, non_blocking=True)
-        for device, host in self._moved[-1:]:
-            device.untyped_storage().resize_(host.nbytes)
+        for device, host in self._moved:
+            device.untyped_storage().resize_(host.nbytes)  # of the moments, while the weights are on their way
+            if host is not self._moved[-1][1]:
+                device.copy_(host, non_blocking=True)
         self.backend.synchronize()
 
     def share_weights(self) -> bytes:
@@ -642,7 +642,7 @@ def group_advantages(rewards: torch.Tensor, scale: bool = True) -> torch.Tensor:
     group of equal rewards. `scale=False` does not divide by the deviation (arXiv:2503.20783)."""
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     centred = centred / (rewards.std(dim=1, keepdim=True) + 1e-6) if scale else centred
-    return centred.masked_fill((rewards == rewards[:, :1]).all(dim=1, keepdim=True), 0.0)
+    return centred.masked_fill((rewards - rewards[:, :1] == 0).all(dim=1, keepdim=True), 0.0)  # infinities: NaN
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -727,9 +727,9 @@ class Loop:
             return handle
         self.config, self.task, self.folder, self.plan, self.version = config, task, folder, plan, 0
         self.phases, self.logs = {}, {}  # by phase: seconds_, and gib_ used after it on each GPU; by actor
-        bundles = [bundle for place in plan for bundle in place.bundles]  # rank by rank
+        ranks = [bundle for place in plan for bundle in place.bundles]
         self.engines = [actor(Engine, i, place.bundles[0], ENGINE_SHARE, place) for i, place in enumerate(plan)]
-        self.trainers = [actor(Trainer, i, b, TRAINER_SHARE, i, b, config) for i, b in enumerate(bundles)]
+        self.trainers = [actor(Trainer, i, b, TRAINER_SHARE, i, b, config) for i, b in enumerate(ranks)]
 
     def each(self, actors: Sequence[Any], method: str, *common: Any, own: Sequence[tuple] | None = None) -> list[Any]:
         """Call a method of all actors at once, with common arguments or each with its own, and wait for all."""

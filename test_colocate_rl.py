@@ -373,6 +373,7 @@ def test_a_group_of_equal_rewards_has_no_advantages(scale):
     rewards = torch.full((1, 7), 0.7)
     assert (rewards != rewards.mean()).any()  # rounding alone would make an advantage of it
     assert (group_advantages(rewards, scale) == 0).all()
+    assert group_advantages(torch.full((1, 7), math.inf), scale).isnan().all()  # so that no step is made of them
 
 
 def test_token_logprobs():
@@ -1390,12 +1391,14 @@ class Loaded(torch.nn.Module):
     pytest.param(lambda part: part.view(2, 3).contiguous(), 2, id="copies"),
     pytest.param(torch.clone, 2, id="clone-and-derived"), pytest.param(torch.Tensor.double, 2, id="cast"),
     pytest.param(lambda part: torch.cat([part[:1], part[1:]]), 2, id="cat"),
-    pytest.param(lambda part: part.new_tensor(part.tolist()), 4, id="to-the-host")])
+    pytest.param(lambda part: part.new_tensor(part.tolist()), 4, id="to-the-host"),
+    pytest.param(lambda part: part * (part[0, 0] / part[0, 0]).item(), 4, id="item")])
 def test_later_syncs_write_all_that_the_first_wrote(device, read, calls_on_a_gpu):
     memory, model = torch.full([18], torch.nan, device=device), Loaded(read).to(device)
     for sync in range(3):
         first, second = memory.view(2, 3, 3)
         c.receive_weights(model, [] if sync else [("first", first), ("second", second)])
+        assert device == "cpu" or torch.cuda.current_stream() == torch.cuda.default_stream()
         if sync:
             rows = torch.cat([first[1:], second[1:]], 1)
             assert torch.equal(model.weight, torch.cat([rows, torch.zeros(2, 6, device=device)]))
