@@ -1911,6 +1911,7 @@ def bring_moments(trainer):
 def moves(trainer):
     """Seconds of each offload and onload, with the copies that training hides."""
     found = [], []
+    bring_moments(trainer)  # what goes to the host first must be what came from there
     for _ in range(9):
         start = time.perf_counter()
         for device, host in trainer._moved:  # as train does at its end
