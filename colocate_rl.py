@@ -783,10 +783,10 @@ class Loop:
         problems = random.Random(f"{config.seed}/{step}").sample(self.task.problems[64:], config.prompts_per_step)
         group = [problem for problem in problems for _ in range(config.group_size)]  # [P] -> [P*G]
         samples, rewards = self.timed("generate", self.ask, group, f"{config.seed}/{step}/sampling", config.temperature)
-        advantages = group_advantages(rewards.view(-1, config.group_size)).flatten()  # [P*G] -> [P, G] -> [P*G]
         self.timed("sleep", self.each, self.engines, "sleep")
+        batch = make_batch(samples, group_advantages(rewards.view(-1, config.group_size)).flatten())  # [P, G] -> [P*G]
         self.timed("onload", self.each, self.trainers, "onload")
-        trained = self.timed("train", self.train, make_batch(samples, advantages))
+        trained = self.timed("train", self.train, batch)
         self.timed("wake_weights", self.each, self.engines, "wake", ["weights"])
         self.timed("sync", self.sync_weights)
         if due := (step + 1) % config.heldout_every == 0 or step + 1 == config.steps:

@@ -1908,8 +1908,8 @@ def bring_moments(trainer):
         device.copy_(host, non_blocking=True)
 
 
-def moves(trainer):
-    """Seconds of each offload and onload, with the copies that training hides."""
+def moves(trainer, pause):
+    """Seconds of each offload, and of each onload `pause` seconds later, with the copies that training hides."""
     found = [], []
     bring_moments(trainer)  # what goes to the host first must be what came from there
     for _ in range(9):
@@ -1917,12 +1917,13 @@ def moves(trainer):
         for device, host in trainer._moved:  # as train does at its end
             host.copy_(device, non_blocking=True)
         trainer.offload()
-        middle = time.perf_counter()
+        found[0].append(time.perf_counter() - start)
+        time.sleep(pause)
+        start = time.perf_counter()
         trainer.onload()
         bring_moments(trainer)
         torch.cuda.synchronize()
-        for kind, seconds in zip(found, (middle - start, time.perf_counter() - middle), strict=True):
-            kind.append(seconds)
+        found[1].append(time.perf_counter() - start)
     return found
 
 
@@ -1941,14 +1942,16 @@ def test_sleep_and_wake(colocated):
     table(["", "ms: median (least - most)"], *[[name, spread(seconds[2:])] for name, seconds in rounds.items()])
     loop.each(loop.engines, "sleep")
     loop.each(loop.trainers, "onload")
-    away, back = in_actors(loop.trainers, moves)[0]
+    away, back = in_actors(loop.trainers, moves, 1.0)[0]  # a generation lies between
+    at_once = in_actors(loop.trainers, moves, 0.0)[0][1]  # while the driver still clears the memory that was freed
     loop.each(loop.trainers, "offload")
     size, down, up = in_actors(loop.trainers, pinned_copies)[0]
     print(f"\ntrainer offload and onload, Qwen3-{shape}, {tp} rank(s), {size / 1e9:.2f} GB a rank")
     table(["", "ms: median (least - most)", "GB/s"], *[
         [name, spread(seconds), f"{size / 1e9 / sorted(seconds)[len(seconds) // 2]:.1f}"]
         for name, seconds in (("offload", away[2:]), ("one pinned copy to the host", down[1:]),
-                              ("onload", back[2:]), ("one pinned copy to the device", up[1:]))])
+                              ("onload, 1 s after an offload", back[2:]), ("onload, at once", at_once[2:]),
+                              ("one pinned copy to the device", up[1:]))])
     loop.each(loop.trainers, "onload")
     end_of_step(loop)
 
