@@ -2123,7 +2123,7 @@ def draw(phases, events, path):
             busy[at] += max(0.0, min(start + seconds - zero, (at + 1) * width) - max(start - zero, at * width)) / width
     times_s = [width * at for at in range(int((end - zero) / width) + 1)]
     lower.stackplot(times_s, *bins.values(), labels=list(bins))
-    lower.set(xlabel="seconds", ylabel="trainer's GPU use", ylim=(0, 1.1), xlim=(0, end - zero))
+    lower.set(xlabel="seconds", ylabel="trainer's GPU use", ylim=(0, None), xlim=(0, end - zero))
     lower.legend(loc="upper left", fontsize="small", frameon=False)
     figure.savefig(path, dpi=110)
 
