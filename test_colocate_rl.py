@@ -1705,7 +1705,7 @@ def test_the_main_job_without_a_gpu(tmp_path):
 
 @pytest.mark.bench
 def test_cost_as_work_grows_without_a_gpu(tmp_path):
-    """Seconds a step, the median of steps 5 to 19; the cores stay the same, so the ideal is the work's own multiple."""
+    """Seconds a step, the median of steps 5 to 18; the cores stay the same, so the ideal is the work's own multiple."""
     rows, base = [["work", "seconds a step", "spread", "ideal", "measured"]], None
     for name, ideal, options in [
             ("1 GPU, 16 x 8 samples of 4 tokens", 1, []), ("2 logical GPUs", 1, ["--gpus", "2"]),
@@ -2123,7 +2123,7 @@ def draw(phases, events, path):
             busy[at] += max(0.0, min(start + seconds - zero, (at + 1) * width) - max(start - zero, at * width)) / width
     times_s = [width * at for at in range(int((end - zero) / width) + 1)]
     lower.stackplot(times_s, *bins.values(), labels=list(bins))
-    lower.set(xlabel="seconds", ylabel="trainer's GPU use", ylim=(0, None), xlim=(0, end - zero))
+    lower.set(xlabel="seconds", ylabel="trainer's GPU use", ylim=(0, 1.1), xlim=(0, end - zero))
     lower.legend(loc="upper left", fontsize="small", frameon=False)
     figure.savefig(path, dpi=110)
 
