@@ -71,7 +71,7 @@ class Config:
     temperature: float = _option(1.0, "rollout", "of sampling; training divides its logits by the same")
     context_length: int = _option(512, "rollout", "longest prompt and response together, in tokens")
     mem_fraction: float = _option(0.6, "rollout", "share of a GPU for the engine's weights and KV cache", high=1)
-    graph_pool: str = _option("resident", "rollout", "CUDA graphs; saver: sleep, too", choices=("resident", "saver"))
+    graph_pool: str = _option("resident", "rollout", "where CUDA graphs are kept", choices=("resident", "saver"))
     learning_rate: float = _option(3e-3, "training", "of AdamW, constant")
     updates_per_step: int = _option(2, "training", "optimizer steps on a batch; the clip matters from the second on")
     micro_batch: int = _option(64, "training", "sequences in one forward and backward pass of a rank")
@@ -87,17 +87,17 @@ def check_config(config: Config, task: "Task") -> list[str]:
     """Every problem with the settings; each names the option, its value and what was expected."""
     rules = []
     for option in dataclasses.fields(config):
-        value, low, high = getattr(config, option.name), *map(option.metadata.get, ("low", "high"))
-        if type(value) in (int, float):
-            ok = (value > 0 if low is None else value >= low) and value < (high or math.inf)
-            rules.append((option.name, ok, f"{'above 0' if low is None else f'at least {low}'}, below {high or 'inf'}"))
+        low, high = option.metadata.get("low"), option.metadata.get("high", math.inf)
+        if type(value := getattr(config, option.name)) in (int, float):
+            ok = value < high and (value > 0 if low is None else value >= low)
+            rules.append((option.name, ok, f"{'above 0' if low is None else f'at least {low}'}, below {high}"))
     tp, samples = config.gpus_per_engine, config.prompts_per_step * config.group_size
     shares = max(1, config.gpus * config.updates_per_step)
     needed = max(len(prompt) for prompt, _ in task.problems) + max(config.max_new_tokens + 2, 7)  # SGLang keeps some
     rules += [("context_length", needed <= config.context_length, f"at least {needed}, for prompt, answer and engine"),
               ("model", (size := len(task.tokenizer)) <= task.vocab_size, f"an embedding of {size} tokens or more"),
               ("gpus_per_engine", tp == 1 or config.device == "cuda" or config.dry_run, "1 on a CPU"),
-              ("gpus", tp < 1 or config.gpus % tp == 0 < config.gpus, f"a multiple of --gpus-per-engine, {tp}"),
+              ("gpus", tp < 1 or (config.gpus > 0 and config.gpus % tp == 0), f"a multiple of --gpus-per-engine, {tp}"),
               ("prompts_per_step", samples % shares == 0, f"{samples} samples to divide by GPUs x updates, {shares}")]
     return [f"--{name.replace('_', '-')} is {getattr(config, name)!r}; expected {expected}"
             for name, holds, expected in rules if not holds]
@@ -175,13 +175,13 @@ def plan_engines(bundles: Sequence[Bundle], gpus_per_engine: int) -> list[Engine
 
 
 def get_base_gpu_id(engine: int, gpus_per_engine: int, gpus_per_node: int) -> int:
-    """The loop-index formula, for where no bundle was probed; equals the plan only if all visible GPUs are taken."""
+    """The loop-index formula, where no bundle was probed; sure to equal the plan only if all visible GPUs are taken."""
     if engine < 0 or gpus_per_engine < 1 or gpus_per_node < 1 or gpus_per_node % gpus_per_engine:
         raise PlacementError(f"{engine=}, {gpus_per_engine=}, {gpus_per_node=}; expected one that divides the node's")
     return engine * gpus_per_engine % gpus_per_node
 
 
-# ---- 3. Placement group: create, probe, show (Ray) ------------------------------------------------------------------
+# ---- 3. Placement group: create, probe (Ray) ------------------------------------------------------------------------
 # With these, Ray and SGLang leave the list alone, and one local index means one device in every process of a node.
 ONE_LIST = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS": "0"}
 ENGINE_SHARE, TRAINER_SHARE, PROBE_SHARE = 0.3, 0.6, 0.1  # of a bundle's GPU: Ray's bookkeeping, no limit on memory
@@ -230,7 +230,7 @@ def probe_bundles(group: PlacementGroup, timeout_s: float) -> list[Bundle]:
 
 
 def wait_for(refs: list, timeout_s: float, what: str, actors: Iterable[Any] = ()) -> list:
-    """`ray.get` with a limit. This file's errors come out as themselves, the death of any of the `actors` in 5 s."""
+    """`ray.get` with a limit (TimeoutError). This file's errors come out as themselves, an actor's death in 5 s."""
     deadline, pings = time.monotonic() + timeout_s, []
     while True:
         try:
@@ -261,10 +261,10 @@ class EngineError(RuntimeError):
 
 
 class EngineLogReport(NamedTuple):  # what an engine's log says of its start
-    all_reduce: str | None  # "v2", "v1", or None where nothing is reduced
+    all_reduce: str | None  # "v2", "v1", or None: the log does not say
     graphs: dict[int, list[int]]  # tp_rank -> batch sizes of the CUDA graphs it captured
     registered: int | None  # inputs of captured all-reduces that were registered; None: SGLang said nothing
-    replayed: bool  # a decode batch ran with a graph
+    replayed: bool | None  # a decode batch ran with a graph; None: the log has no decode batch
     errors: list[str]  # all error lines
     fault: str  # the last of them that is known, with its cause and remedy, or else the last one, or ""
 
@@ -285,8 +285,9 @@ def parse_engine_log(text: str) -> EngineLogReport:
     errors = [line.strip() for line in re.findall(lines, text, re.M)]
     known = [f"{line}\n  cause: {why}" for line in errors for pattern, why in ENGINE_FAULTS if re.search(pattern, line)]
     graphs = {int(rank or 0): json.loads(sizes[1]) for rank in sorted(ranks) if sizes}
-    return EngineLogReport("v2" if v2 else registered and "v1", graphs, registered and int(registered[1]),
-                           "cuda graph: True" in text, errors, (known or errors or [""])[-1])
+    return EngineLogReport("v2" if v2 else "v1" if registered else None, graphs, registered and int(registered[1]),
+                           "cuda graph: True" in text if "Decode batch" in text else None, errors,
+                           (known or errors or [""])[-1])
 
 
 def plan_graph_pool(version: str, memory_saver: bool, tp_size: int, alloc_conf: str, prefer: str) -> GraphPool:
@@ -354,9 +355,9 @@ def draw_with_seeds(logprobs: torch.Tensor, seeds: torch.Tensor, positions: torc
     row = (seeds.long() * 0x2545F4914F6CDD1D ^ positions) * 0x5851F42D4C957F2D
     bits = row[:, None] + torch.arange(1, logprobs.shape[1] + 1, device=row.device)  # [B, V]; the hash of 0 would be 0
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):  # the hash of splitmix64
-        bits = (bits ^ (bits >> shift & (1 << 64 - shift) - 1)) * factor
-    rest = ((bits >> 32 & 0xFFFFFFFF) + 0.5) * -(2.0**-32)  # minus a uniform number, in fp32 exact near 0, not near -1
-    return (logprobs - torch.log(-torch.log1p(rest).clamp(min=-20.0))).argmax(dim=1, keepdim=True)
+        bits = (bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))) * factor  # masked: an unsigned shift
+    minus_uniform = (((bits >> 32) & 0xFFFFFFFF) + 0.5) * -(2.0**-32)  # fp32: exact near 0, may round to -1
+    return (logprobs - torch.log(-torch.log1p(minus_uniform).clamp(min=-20.0))).argmax(dim=1, keepdim=True)
 
 
 def prepare_cpu_engine(folder: str) -> None:
@@ -380,8 +381,8 @@ def engine_args(config: Config, placement: EnginePlacement, model: str) -> dict[
                 base_gpu_id=placement.base_gpu_id, tp_size=len(placement.bundles), random_seed=config.seed,
                 skip_tokenizer_init=True, log_level="info", device=config.device, weight_version="0",
                 custom_weight_loader=[f"{__name__}.receive_weights"], sleep_on_idle=True,  # else it takes a core
-                sampling_backend="pytorch",  # flashinfer's refuses seeds with top_p or mixed temperatures
-                decode_log_interval=config.max_new_tokens)  # so that the log says whether graphs are replayed
+                sampling_backend="pytorch",  # flashinfer's refuses seeds beside top_p or a greedy row
+                decode_log_interval=min(config.max_new_tokens, 16))  # the log says whether graphs are replayed
     own = -(-config.prompts_per_step * config.group_size // (config.gpus // config.gpus_per_engine))
     if config.device == "cpu":  # if it ran out of tokens, it would need CUDA
         return dict(args, dtype="float32", max_running_requests=own, max_total_tokens=(own + 1) * config.context_length)
@@ -402,7 +403,7 @@ class Engine:
             pynvml.nvmlInit()
 
     def start(self, args: dict[str, Any], prefer: str = "resident", pool: GraphPool | None = None) -> list[dict]:
-        """Start SGLang, with `pool` in place of the plan if given; returns each scheduler's reading, by tp_rank."""
+        """Start SGLang (or EngineError), with `pool` if given, not the plan; returns its schedulers' readings."""
         conf = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF", "")  # as torch
         pool = pool or plan_graph_pool(SGLANG, args.get("enable_memory_saver", False), args["tp_size"], conf, prefer)
         os.environ |= {"SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{self.log}.rendezvous",  # needs no port
@@ -525,19 +526,19 @@ class Trainer:
             set_optimizer_state_dict(self.model, self.optimizer, state, options=StateDictOptions(full_state_dict=True))
             self.optimizer.param_groups[0]["lr"] = self.config.learning_rate  # a resumed run may have another
         moments = [state[name] for state in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-        parts = [world_size * math.ceil(p.shape[0] / world_size) * math.prod(p.shape[1:]) for p in parameters]  # padded
-        self._whole = (buffer := torch.full([sum(parts)], torch.nan, dtype=self.dtype, device=self.device)).split(parts)
+        sizes = [world_size * math.ceil(p.shape[0] / world_size) * math.prod(p.shape[1:]) for p in parameters]  # padded
+        self._whole = (buffer := torch.full([sum(sizes)], torch.nan, dtype=self.dtype, device=self.device)).split(sizes)
         self._slots = [buffer] if world_size == 1 else [whole.chunk(world_size)[self.rank] for whole in self._whole]
         held = [t.new_empty(0).set_(t.untyped_storage()) for t in (*self._shards, pack(moments)) if self.config.offload]
         host = torch.empty(sum(map(len, held)))  # weights first, the moments last
         if held and self.on_gpu:  # pin it; pin_memory() would take the next power of two
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0))
-        self._moved = [(d, place.copy_(d)) for d, place in zip(held, host.split([*map(len, held)]), strict=True)]
+        self._moved = [(d, part.copy_(d)) for d, part in zip(held, host.split([*map(len, held)]), strict=True)]
         torch.cuda.empty_cache()  # the engine's weights wake next
         return {"rank": self.rank, **read_device(self._shards[0].device.index or 0)}  # in use
 
-    def train(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
-        """A step for each share of rows, none once a tensor is not finite ("bad" names the first); fills the buffer."""
+    def train(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """A step for each share of make_batch's rows, none once one is not finite ("bad"); then fills the buffer."""
         config, ranks, losses, metrics = self.config, dist.get_world_size(), [], {"bad": first_bad(batch)}
         rows = torch.arange(len(batch["tokens"])).view(config.updates_per_step, ranks, -1)  # [B] -> [updates, ranks, b]
         totals = [batch["mask"][share.flatten()].sum().item() for share in rows]  # tokens of all ranks
@@ -549,15 +550,15 @@ class Trainer:
             for part in parts[1:]:  # the first share trains with the weights that its old_logprobs are of
                 part["old_logprobs"] = torch.cat([*map(self._logprobs, part["tokens"].split(config.micro_batch))])
         for part, total in zip(parts, totals, strict=True):
-            logprobs_before = []
+            old_logprobs = []
             for micro in zip(*(column.split(config.micro_batch) for column in part.values()), strict=True):
                 columns = dict(zip(part, micro, strict=True))
                 logprobs = self._logprobs(columns.pop("tokens"))
-                logprobs_before.append(columns.setdefault("old_logprobs", logprobs.detach()))
+                old_logprobs.append(columns.setdefault("old_logprobs", logprobs.detach()))  # none in the first share
                 loss = grpo_loss(logprobs, **columns, num_tokens=total, importance_cap=2.0)
                 (loss * ranks).backward()  # FSDP averages over ranks; the loss is a share of a sum
                 losses.append(loss.detach() / len(parts))
-            part["old_logprobs"] = torch.cat(logprobs_before)
+            part["old_logprobs"] = torch.cat(old_logprobs)
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             metrics["grad_norm"] = (norm.full_tensor() if ranks > 1 else norm).item()
             if not math.isfinite(metrics["grad_norm"]):  # all ranks see this alike; a tensor of one must not decide
@@ -661,8 +662,8 @@ def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: to
     num_tokens: of all micro-batches and ranks, whose losses sum up to the mean over tokens (DAPO, equation 8). The
     ratio counts within [1 - clip_low, 1 + clip_high] (DAPO, section 3.1). kl_coef weighs the k3 KL to the reference
     (joschu.net/blog/kl-approx.html). With importance_cap, tokens weigh min(old / rollout, cap)."""
-    advantages = advantages.unsqueeze(-1) if advantages.dim() == 1 else advantages  # [B] -> [B, 1]
     padding = mask == 0  # whatever stands there, even an infinity, must not reach the loss or its gradient
+    advantages = torch.where(padding, 0.0, advantages.reshape(len(mask), -1))  # [B] or [B, T] -> [B, T]
     ratio = torch.exp((logprobs - old_logprobs).masked_fill(padding, 0.0))
     loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
     if rollout_logprobs is not None and importance_cap > 0:
@@ -690,7 +691,7 @@ def echo_task(config: Config) -> Task:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
     problems = [(tokenizer.encode(f"{n:03d}="), f"{n:03d}"[0] * config.max_new_tokens) for n in range(1000)]
     random.Random(0).shuffle(problems)
-    return Task(tokenizer, 16, problems, lambda text, answer: sum(map(str.__eq__, text, answer)) / len(answer))
+    return Task(tokenizer, 16, problems, lambda text, answer: sum(a == b for a, b in zip(text, answer)) / len(answer))
 
 
 def write_random_model(config: Config, folder: Path) -> None:
@@ -708,12 +709,13 @@ def sums_task(config: Config) -> Task:
     """Sums of two-digit numbers for a pretrained model, in its own chat template; the last number it says counts."""
     from transformers import AutoConfig, AutoTokenizer
     source = dict(pretrained_model_name_or_path=config.model, trust_remote_code=config.trust_remote_code)
-    tokenizer, vocab_size = AutoTokenizer.from_pretrained(**source), AutoConfig.from_pretrained(**source).vocab_size
+    tokenizer, model_config = AutoTokenizer.from_pretrained(**source), AutoConfig.from_pretrained(**source)
     pairs = random.Random(0).sample([(a, b) for a in range(10, 100) for b in range(10, 100)], 2000)
     chats = [[{"role": "user", "content": f"What is {a} + {b}? Answer with the number only."}] for a, b in pairs]
     prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False, enable_thinking=False)
     problems = [(prompt, str(a + b)) for prompt, (a, b) in zip(prompts, pairs, strict=True)]
-    return Task(tokenizer, vocab_size, problems, lambda text, answer: float(re.findall(r"\d+", text)[-1:] == [answer]))
+    return Task(tokenizer, model_config.get_text_config().vocab_size, problems,
+                lambda text, answer: float(re.findall(r"\d+", text)[-1:] == [answer]))
 
 
 # ---- 8. Loop: phases, metrics ----------------------------------------------------------------------------------------
@@ -737,20 +739,18 @@ class Loop:
         try:
             return wait_for(calls, self.config.timeout, method, self.logs)
         except ray.exceptions.RayActorError as error:
-            dead = [actor for actor in self.logs if actor._actor_id.hex() == error.actor_id]
-            for name, log in self.read_logs(dead).items():  # of none, if Ray does not say which
+            for name, log in self.read_logs(a for a in self.logs if a._actor_id.hex() == error.actor_id).items():
                 raise EngineError(f"{name} died in {method}: {log.fault or error}\n{self.folder}/{name}.log") from error
-            raise
+            raise  # Ray did not say which actor died
 
-    def read_logs(self, actors: Sequence[Any]) -> dict[str, EngineLogReport]:
+    def read_logs(self, actors: Iterable[Any]) -> dict[str, EngineLogReport]:
         return {self.logs[a].stem: parse_engine_log(self.logs[a].read_text(errors="replace")) for a in actors}
 
     def start(self, model: str, resume: bool) -> None:
         """Start and check everything; ends with the trainers offloaded and the engines awake."""
         self.timed("before", list)  # only reads the memory
-        # The engines first: they size their KV cache by what is free on the GPU.
         args = [(engine_args(self.config, place, model), self.config.graph_pool) for place in self.plan]
-        self.schedulers = sum(self.each(self.engines, "start", own=args), [])
+        self.schedulers = sum(self.each(self.engines, "start", own=args), [])  # first: KV caches take what is free
         print(*(f"{name}: {report}" for name, report in self.read_logs(self.engines).items()), sep="\n", flush=True)
         self.each(self.engines, "check_weights", "snapshot")
         self.timed("asleep", self.each, self.engines, "sleep")
@@ -808,15 +808,15 @@ class Loop:
             raise EngineError(f"weight_version of samples is {stale}; expected {self.version}: a sync did not arrive")
         texts = [self.task.tokenizer.decode(sample.response_ids, skip_special_tokens=True) for sample in samples]
         rewards = [self.task.verify(text, answer) for text, (_, answer) in zip(texts, problems, strict=True)]
-        return samples, torch.tensor(rewards)
+        return samples, torch.tensor(rewards, dtype=torch.float32)
 
     def score_heldout(self) -> float:
         return self.ask(self.task.problems[:64], "greedy", 0.0)[1].mean().item()
 
-    def train(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    def train(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
         results = self.each(self.trainers, "train", ray.put(batch))
-        if bad := min((result["bad"] for result in results if result["bad"]), key="gradient".__eq__, default=None):
-            return {"skipped": bad.replace("advantages", "rewards")}  # of which they are made
+        if bad := {result["bad"] for result in results} - {None}:  # "gradient": another rank's tensor is the cause
+            return {"skipped": min(bad - {"gradient"} or bad).replace("advantages", "rewards")}  # these make those
         mean = sum(result["difference_mean"] for result in results)  # each is a share of it
         if not mean < (limit := 0.02 if self.config.device == "cuda" else 1e-4):  # bf16, or fp32
             raise FloatingPointError(f"logprob_difference_mean is {mean:.2g}; expected below {limit}. Check the sync.")
@@ -836,17 +836,17 @@ class Loop:
                  ("weight version", True, f"that of the last sync in every sample; {self.version} syncs acknowledged"),
                  ("rollout and trainer agree", True, f"log-probabilities differ by {mean:.2g} nats, at most {top:.2g}"),
                  ("training steps", made == self.config.steps, f"{made} of {self.config.steps}"),
-                 ("held-out reward", after > before, f"{before:.3f} -> {after:.3f}")]
+                 ("held-out reward", after > before or after == 1, f"{before:.3f} -> {after:.3f}")]
         if self.config.device == "cpu":
             return lines + [("same GPU, all-reduce v2, CUDA graphs, exact weights, memory", None, "needs a GPU")]
         logs = list(self.read_logs(self.engines).values())
         used, graphs = {s["all_reduce"] for s in self.schedulers}, [g for log in logs for g in log.graphs.values()]
-        grown, replayed = max(last["gib_wake"]) - max(first["gib_wake"]), all(log.replayed for log in logs)
+        grown, replayed = max(last["gib_wake"]) - max(first["gib_wake"]), {log.replayed for log in logs}
         return lines + [
             ("same GPU", True, f"trainer and scheduler read the same UUID in {ranks} of {ranks} ranks"),
             ("all-reduce v2", used == {"CustomAllReduceV2"} if tp > 1 else None, f"TP={tp}, schedulers use {used}"),
             ("CUDA graphs captured", len(graphs) == ranks, f"in {len(graphs)} of {ranks} ranks"),
-            ("CUDA graphs replayed", replayed, "by decode batches of every engine"),
+            ("CUDA graphs replayed", None if None in replayed else all(replayed), "by decode batches of every engine"),
             ("no CUDA error", "CUDA error" not in repr(logs), "in the engines' logs"),
             ("weights equal to the bit", "check_weights" not in repr(logs), "in every rank, after a sync onto noise"),
             ("memory asleep", self.left < 0.5 * min(last["gib_wake"]), f"engines leave {self.left:.2f} GiB (< 50 %)"),
@@ -854,9 +854,9 @@ class Loop:
 
 
 def check_same_device(trainers: list[dict[str, Any]], schedulers: list[dict[str, Any]]) -> list[tuple]:
-    """Compare, rank by rank, the device that the trainer and the engine's scheduler process read inside themselves."""
+    """PlacementError unless, rank by rank, trainer and scheduler process have read the same device in themselves."""
     rows = [(t["rank"], s["tp_rank"], t["uuid"], s["uuid"]) for t, s in zip(trainers, schedulers, strict=True)]
-    if any(trainer_uuid != scheduler_uuid for _, _, trainer_uuid, scheduler_uuid in rows):
+    if any(trainer_uuid != scheduler_uuid for *_, trainer_uuid, scheduler_uuid in rows):
         raise PlacementError("rank, tp_rank, UUIDs of trainer and scheduler; expected one GPU a row. Use the bundle's "
                              "local_index for both.\n" + "\n".join(map(str, rows)))
     return rows
@@ -962,7 +962,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     groups = {name: parser.add_argument_group(name) for name in ("run", "placement", "model", "rollout", "training")}
     for option in dataclasses.fields(Config):
         meta, kind = option.metadata, dict(type=type(option.default), choices=option.metadata.get("choices"))
-        kind = dict(action=argparse.BooleanOptionalAction) if kind["type"] is bool else kind
+        kind = dict(action=argparse.BooleanOptionalAction) if isinstance(option.default, bool) else kind
         groups[meta["group"]].add_argument(f"--{option.name.replace('_', '-')}", default=option.default,
                                            help=f"{meta['help']} (%(default)s)", **kind)
     resume = parser.parse_args(argv).resume
@@ -986,7 +986,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 0
             stopped_by.append(signal.SIGINT)  # if it came before `run` took note
         except (PlacementError, FloatingPointError, RuntimeError, OSError, ray.exceptions.RayError) as error:
-            faults, furthest = (1, len(metrics)) if len(metrics) > furthest else (faults + 1, furthest)
+            faults, furthest = 1 if len(metrics) > furthest else faults + 1, max(furthest, len(metrics))
             if faults > config.max_restarts or isinstance(error, (PlacementError, FloatingPointError)):
                 print(f"error: {error}", file=sys.stderr)
                 return 1

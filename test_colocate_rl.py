@@ -26,7 +26,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3Config,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import colocate_rl as c
 from colocate_rl import (
@@ -410,21 +417,22 @@ def test_loss_is_a_mean_over_tokens(mask, num_tokens, loss):
     assert result.item() == pytest.approx(loss)
 
 
-@pytest.mark.parametrize("absurd", [1e4, -1e4])
-@pytest.mark.parametrize("name", ["logprobs", "old_logprobs", "ref_logprobs", "rollout_logprobs"])
+@pytest.mark.parametrize("absurd", [math.inf, 1e4, -1e4])
+@pytest.mark.parametrize("name", ["logprobs", "old_logprobs", "ref_logprobs", "rollout_logprobs", "advantages"])
 def test_padding_changes_nothing(name, absurd):
     torch.manual_seed(0)
     inputs = {n: -torch.rand(2, 3) for n in ("logprobs", "old_logprobs", "ref_logprobs", "rollout_logprobs")}
+    inputs["advantages"] = torch.tensor([[1.0], [-1.0]]).expand(2, 3)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
 
     def loss_and_gradient(**changed):
         leaf = (inputs | changed)["logprobs"].clone().requires_grad_()
-        loss = grpo_loss(**inputs | changed | dict(logprobs=leaf), advantages=torch.tensor([1.0, -1.0]), mask=mask,
-                         kl_coef=0.1, importance_cap=2.0)
+        loss = grpo_loss(**inputs | changed | dict(logprobs=leaf), mask=mask, kl_coef=0.1, importance_cap=2.0)
         return loss, *torch.autograd.grad(loss, leaf)
 
     (loss, gradient), padded = loss_and_gradient(), loss_and_gradient(**{name: inputs[name].where(mask > 0, absurd)})
     assert torch.equal(loss, padded[0]) and torch.equal(gradient, padded[1])
+    assert torch.equal(loss, loss_and_gradient(advantages=inputs["advantages"][:, 0])[0])  # one a response: [B]
     assert ((gradient != 0) == (mask > 0)).all()
 
 
@@ -861,6 +869,12 @@ def test_the_sums_task_asks_in_the_model_s_chat_template(chat_model):
         assert task.verify(text, answer) == reward, text
 
 
+def test_the_vocabulary_of_a_model_of_several_parts_is_that_of_its_text(chat_model, tmp_path):
+    folder = shutil.copytree(chat_model, tmp_path / "model")
+    Gemma3Config(text_config=dict(vocab_size=150, hidden_size=32)).save_pretrained(folder)
+    assert c.sums_task(Config(model=str(folder), device="cpu")).vocab_size == 150
+
+
 @pytest.mark.parametrize(("change", "options", "named"), [
     pytest.param(lambda folder: (folder / "tokenizer.json").unlink(), [], "a tokenizer and a chat template",
                  id="no-tokenizer"),
@@ -1227,10 +1241,11 @@ BOTH = {0: [8, 512], 1: [8, 512]}
     pytest.param(WRONG_INDEX + "RuntimeError: Connection closed\n", None, {}, None, "physical id", id="not-the-last"),
     pytest.param("ImportError: no x\n" + SIZES + END, None, BOTH, None, "None, no inputs", id="harmless-error"),
 ])
-@pytest.mark.parametrize("decoded", [False, True])
-def test_the_engine_s_log_tells_the_outcomes_apart(log, all_reduce, graphs, registered, says, decoded):
-    report = c.parse_engine_log(log + PREFILL + decoded * DECODE)
-    assert report[:4] == (all_reduce, graphs, registered, decoded)
+@pytest.mark.parametrize(("decoded", "replayed"), [("", None), (DECODE.replace("True", "False"), False),
+                                                   (DECODE.replace("True", "False") + DECODE, True)])
+def test_the_engine_s_log_tells_the_outcomes_apart(log, all_reduce, graphs, registered, says, decoded, replayed):
+    report = c.parse_engine_log(log + PREFILL + decoded)
+    assert report[:3] == (all_reduce, graphs, registered) and report.replayed is replayed
     line, *help = report.fault.splitlines() or [""]
     assert says in str(report) and line in log
     assert bool(help) == ("cause: " in report.fault) == (bool(line) and not graphs and says not in line)
@@ -1499,6 +1514,7 @@ def finished(job):
     for log in folder.glob("runs/*/attempt0/engine*.log"):
         assert "WARNING: syncs run the loader itself" not in log.read_text()
     wrong = {what: reading for what, right, reading in summary["checklist"] if right is False}
+    assert ["CUDA graphs replayed", True, "by decode batches of every engine"] in summary["checklist"]
     # Two steps teach nothing, and the memory is that of all jobs.
     assert set(wrong) <= {"held-out reward", "memory asleep", "memory does not grow"}, wrong
     return summary
