@@ -113,7 +113,7 @@ def visible_devices(value: str | None, device_count: int) -> list[str]:
     if value is None:
         return [str(index) for index in range(device_count)]
     entries, visible = [entry.strip() for entry in value.split(",")], []
-    machine_count = device_count if device_count > len(entries) else math.inf  # else it counts the list
+    machine_count = device_count if device_count > len(entries) else math.inf  # else it counts what CUDA sees of them
     for entry in entries:
         if re.fullmatch("[0-9]+", entry) and int(entry) < machine_count:
             entry = str(int(entry))
@@ -122,7 +122,7 @@ def visible_devices(value: str | None, device_count: int) -> list[str]:
         if any(_same_device(entry, other) for other in visible):
             raise PlacementError(f"CUDA_VISIBLE_DEVICES={value!r} names {entry!r} twice; expected once. Remove one.")
         visible.append(entry)
-    return visible
+    return visible[:device_count]
 
 
 def local_gpu_index(gpu_id: int | str, visible: Sequence[str]) -> int:
@@ -678,7 +678,10 @@ def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: to
 # ---- 7. Task: prompts, reward, the tiny model -----------------------------------------------------------------------
 # What to learn: prompts (token ids) with their answers, the first 64 held out; (text, answer) -> reward in [0, 1].
 Task = namedtuple("Task", "tokenizer vocab_size problems verify")
-SHAPES = {"tiny": (64, 128, 2, 4, 2, 16), "0.6B": (1024, 3072, 28, 16, 8, 128)}  # named in write_random_model
+SHAPES = {"tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                       num_key_value_heads=2, head_dim=16, initializer_range=0.06),
+          "0.6B": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+                       num_key_value_heads=8, head_dim=128, initializer_range=0.02)}
 
 
 def echo_task(config: Config) -> Task:
@@ -698,11 +701,8 @@ def write_random_model(config: Config, folder: Path) -> None:
     """A Qwen3 from random weights, for echo_task."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
     torch.manual_seed(config.seed)
-    hidden, mlp, layers, heads, kv_heads, head_dim = SHAPES[config.shape]
-    Qwen3ForCausalLM(Qwen3Config(
-        hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads, eos_token_id=1,
-        num_key_value_heads=kv_heads, head_dim=head_dim, vocab_size=16, max_position_embeddings=4096, pad_token_id=0,
-        tie_word_embeddings=True, initializer_range=0.06 if hidden == 64 else 0.02)).save_pretrained(folder)
+    Qwen3ForCausalLM(Qwen3Config(**SHAPES[config.shape], vocab_size=16, max_position_embeddings=4096, eos_token_id=1,
+                                 pad_token_id=0, tie_word_embeddings=True)).save_pretrained(folder)
 
 
 def sums_task(config: Config) -> Task:
@@ -718,7 +718,7 @@ def sums_task(config: Config) -> Task:
                 lambda text, answer: float(re.findall(r"\d+", text)[-1:] == [answer]))
 
 
-# ---- 8. Loop: phases, metrics ----------------------------------------------------------------------------------------
+# ---- 8. Loop: phases, metrics ---------------------------------------------------------------------------------------
 class Loop:
     """Engines and trainers that share the GPUs of a plan, and the phases of a step."""
     def __init__(self, config: Config, task: Task, folder: Path, group: PlacementGroup, plan: list[EnginePlacement]):

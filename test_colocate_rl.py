@@ -92,6 +92,7 @@ def python(*args, cwd, timeout=60, **env):
     pytest.param(" 1 ,00\t", 2, ["1", "0"], id="trimmed"),
     *[pytest.param(f"2,{bad},3", 4, ["2"], id=f"ends-at-'{bad}'") for bad in ("-1", "-2", "", "abc", "1.5", "GPU-")],
     pytest.param("0,8,1", 8, ["0"], id="ends-past-the-machine"),
+    pytest.param("0,8,1", 1, ["0"], id="count-of-what-cuda-sees"),
     pytest.param("0,7,1", 8, ["0", "7", "1"], id="last-of-the-machine"),
     pytest.param("0,-1,0", 4, ["0"], id="twice-but-after-the-end"),
     pytest.param(f"{UUIDS[0]},{UUIDS[1]},{MIG}", 8, [*UUIDS, MIG], id="uuids-and-mig"),
