@@ -543,9 +543,7 @@ class Trainer:
         rows = torch.arange(len(batch["tokens"])).view(config.updates_per_step, ranks, -1)  # [B] -> [updates, ranks, b]
         totals = [batch["mask"][share.flatten()].sum().item() for share in rows]  # tokens of all ranks
         parts = [{name: column[share[self.rank]].to(self.device) for name, column in batch.items()} for share in rows]
-        with self.backend.stream(self._copies):  # the optimizer state comes while the GPU makes the first gradients
-            for device, host in self._moved[-1:]:
-                device.copy_(host, non_blocking=True)
+        self._copy(self._moved[-1:])  # the optimizer state comes while the GPU makes the first gradients
         with torch.no_grad():
             for part in parts[1:]:  # the first share trains with the weights that its old_logprobs are of
                 part["old_logprobs"] = torch.cat([*map(self._logprobs, part["tokens"].split(config.micro_batch))])
@@ -573,15 +571,18 @@ class Trainer:
         gap = torch.cat([(p["old_logprobs"] - p["rollout_logprobs"]).abs()[p["mask"] > 0] for p in parts])
         metrics |= {"loss": sum(losses).item(), "difference_max": gap.max().item(),
                     "difference_mean": gap.sum().item() / sum(totals)}
-        with self.backend.stream(self._copies):  # goes on while the engine takes the weights; all above has ended
-            for device, host in self._moved:
-                host.copy_(device, non_blocking=True)
+        self._copy((host, device) for device, host in self._moved)  # as the engine takes weights; all above has ended
         return metrics
 
     def _logprobs(self, tokens: torch.Tensor) -> torch.Tensor:
         """Log-probability of each next token, [B, T] -> [B, T-1]; with padding on the right, causality masks it."""
         logits = self.model(input_ids=tokens[:, :-1], use_cache=False).logits  # [B, T-1, V]
         return self._token_logprobs(logits, tokens[:, 1:], self.config.temperature)
+
+    def _copy(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        with self.backend.stream(self._copies):  # beside what else runs
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
 
     def offload(self) -> None:
         """Free the device's memory of weights and optimizer state, once `train` has copied them to the host."""
@@ -593,9 +594,8 @@ class Trainer:
     def onload(self) -> None:
         """Bring the weights back; `train`, which must come next, copies the optimizer state into its place."""
         for device, host in self._moved:
-            device.untyped_storage().resize_(host.nbytes)  # of the moments, while the weights are on their way
-            if host is not self._moved[-1][1]:
-                device.copy_(host, non_blocking=True)
+            device.untyped_storage().resize_(host.nbytes)
+        self._copy(self._moved[:-1])
         self.backend.synchronize()
 
     def share_weights(self) -> bytes:

@@ -1919,26 +1919,19 @@ def pinned_copies(trainer):
     return moved, *found
 
 
-def bring_moments(trainer):
-    """As train does at its start."""
-    for device, host in trainer._moved[-1:]:
-        device.copy_(host, non_blocking=True)
-
-
 def moves(trainer, pause):
     """Seconds of each offload, and of each onload `pause` seconds later, with the copies that training hides."""
     found = [], []
-    bring_moments(trainer)  # what goes to the host first must be what came from there
+    trainer._copy(trainer._moved[-1:])  # what goes to the host first must be what came from there
     for _ in range(9):
         start = time.perf_counter()
-        for device, host in trainer._moved:  # as train does at its end
-            host.copy_(device, non_blocking=True)
+        trainer._copy((host, device) for device, host in trainer._moved)  # as train does at its end
         trainer.offload()
         found[0].append(time.perf_counter() - start)
         time.sleep(pause)
         start = time.perf_counter()
         trainer.onload()
-        bring_moments(trainer)
+        trainer._copy(trainer._moved[-1:])  # as train does at its start
         torch.cuda.synchronize()
         found[1].append(time.perf_counter() - start)
     return found
@@ -2099,7 +2092,7 @@ def test_rollout(colocated):
 
 
 def stay_on_the_gpu(trainer):
-    bring_moments(trainer)
+    trainer._copy(trainer._moved[-1:])
     torch.cuda.synchronize()
     trainer.moved, trainer._moved = trainer._moved, []
 
