@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ctypes
 import functools
 import ipaddress
 import json
@@ -74,6 +75,11 @@ def environment(changes):
     kept = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "RAY_ADDRESS")}
     path = os.pathsep.join(filter(None, [str(MODULE.parent), os.environ.get("PYTHONPATH")]))
     return kept | {"PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"} | changes
+
+
+def end_with_the_tests():
+    """In a child: the kernel kills it when pytest ends, however that ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def python(*args, cwd, timeout=60, **env):
@@ -562,7 +568,8 @@ class Job:
         command = [sys.executable, *(["-c", script] if script else [c.__file__]), *options]
         with open(self.output, "w") as output:
             self.process = subprocess.Popen(command, cwd=folder, env=environment(env | {"JOB_FOLDER": str(folder)}),
-                                            stdout=output, stderr=output, start_new_session=True)
+                                            stdout=output, stderr=output, start_new_session=True,
+                                            preexec_fn=end_with_the_tests)
 
     def rows(self):
         files = list(self.folder.glob("runs/*/metrics.jsonl"))
@@ -1465,12 +1472,14 @@ def machine_uuids():
     return nvidia_smi("uuid")
 
 
-# A small KV cache and few graphs, so that several jobs share the GPUs.
+# A small KV cache and few graphs, so that several jobs share the GPUs; none minds what the others take meanwhile.
 SMALL = f"""
-import sys
+import os, sys
+os.environ["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
 import colocate_rl as c
 full = c.engine_args
-c.engine_args = lambda *args: full(*args) | dict(max_total_tokens=20000, {GRAPH_SIZES}=[8, 128])
+few = dict(max_total_tokens=20000, mem_fraction_static=0.9, {GRAPH_SIZES}=[8, 128])
+c.engine_args = lambda *args: full(*args) | few
 """
 UNSET = None
 MAPPINGS = [  # GPUs needed, physical ids in CUDA_VISIBLE_DEVICES, written as UUIDs, gpus_per_engine
@@ -1497,7 +1506,8 @@ def small_jobs(tmp_path_factory):
         command = [sys.executable, "-c", SMALL + "sys.exit(c.main(sys.argv[1:]))", "--steps", "2", "--max-restarts",
                    "0", "--gpus-per-engine", str(tp), "--prompts-per-step", "24"]  # equal shares for 3 GPUs, too
         with open(folder / "output", "w") as output:
-            return folder, subprocess.Popen(command, cwd=folder, env=environment(env), stdout=output, stderr=output)
+            return folder, subprocess.Popen(command, cwd=folder, env=environment(env), stdout=output, stderr=output,
+                                            preexec_fn=end_with_the_tests)
 
     jobs = {mapping_id(*mapping): start(*mapping) for needed, *mapping in MAPPINGS
             if needed <= GPUS and (mapping[0] is not UNSET or GPUS % mapping[2] == 0)}
@@ -1555,7 +1565,8 @@ def captured(request, tmp_path_factory):
     group = c.create_placement_group(tp, 60)
     plan = c.plan_engines(c.probe_bundles(group, 120), tp)
     args = c.engine_args(c.Config(gpus_per_engine=tp, gpus=tp), plan[0], str(folder)) | {
-        "load_format": "dummy", "max_total_tokens": 80_000, "max_running_requests": 512, GRAPH_SIZES: [8, 512]}
+        "load_format": "dummy", "max_total_tokens": 80_000, "max_running_requests": 512, GRAPH_SIZES: [8, 512],
+        "mem_fraction_static": 0.9}  # of what the others leave
     saver_registers = c.GraphPool(True, True, "", "guard off")
     cases = {  # changed arguments, environment, plan or None for the file's own, preferred plan
         "saver, guard off": ({}, {}, saver_registers, ""),
@@ -1570,7 +1581,8 @@ def captured(request, tmp_path_factory):
     }
     engines, starts = {}, {}
     for name, (changes, env, pool, prefer) in cases.items():
-        options = c.on_bundle(group, 0, 0.1) | {"runtime_env": {"env_vars": c.ONE_LIST | env}}
+        env = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"} | c.ONE_LIST | env  # the others fill GPUs unequally
+        options = c.on_bundle(group, 0, 0.1) | {"runtime_env": {"env_vars": env}}
         engines[name] = ray.remote(c.Engine).options(**options).remote(str(folder / f"{name}.log"), plan[0])
         starts[name] = engines[name].start.remote(args | changes, prefer, pool)
     result = {}
@@ -1628,12 +1640,12 @@ def test_greedy_tokens_are_equal_with_and_without_graphs(captured):
 def test_the_default_graph_pool_is_among_the_fastest_and_leaves_enough_memory(captured):
     names, left = ("saver", "resident", "v1", "no graphs"), {}
     seconds = {name: [] for name in names}
-    for _ in range(10):  # in turns; the first turns warm up
+    for _ in range(12):  # in turns; the first turns warm up
         for name in names:
             start = time.perf_counter()
-            greedy(captured[name][0], [[3 + row % 900, 50, 9] for row in range(512)], 64)
+            greedy(captured[name][0], [[3 + row % 900, 50, 9] for row in range(512)], 128)
             seconds[name].append(time.perf_counter() - start)
-    speeds = {name: sorted(round(512 * 64 / second) for second in seconds[name][3:]) for name in names}
+    speeds = {name: sorted(round(512 * 128 / second) for second in seconds[name][3:]) for name in names}
     for name in names[:2]:
         engine = captured[name][0]
         assert c.parse_engine_log(captured[name][3].read_text()).replayed
@@ -1645,37 +1657,45 @@ def test_the_default_graph_pool_is_among_the_fastest_and_leaves_enough_memory(ca
         left[name] = max(a - b for a, b in zip(asleep, gone, strict=True))
     print()
     table(["graphs and all-reduce", "tokens/s: median (least - most)", "GiB a GPU left asleep"], *[
-        [name, f"{found[3]} ({found[0]} - {found[-1]})", f"{left[name]:.2f}" if name in left else "-"]
+        [name, f"{found[4]} ({found[0]} - {found[-1]})", f"{left[name]:.2f}" if name in left else "-"]
         for name, found in speeds.items()])
     default = c.Config().graph_pool
-    assert speeds[default][3] >= 0.95 * max(speeds["saver"][3], speeds["resident"][3]) and left[default] <= 3.2
+    assert speeds[default][4] >= 0.95 * max(speeds["saver"][4], speeds["resident"][4]) and left[default] <= 3.2
 
 
-@pytest.mark.parametrize("tp", [gpu_case(tp, tp, id=f"tp{tp}") for tp in (1, 2)])
-def test_faults_on_gpus_have_the_same_way_back_and_a_killed_driver_frees_the_memory(tmp_path, tp):
+@pytest.mark.gpu
+@skip_below(1)
+def test_faults_on_gpus_have_the_same_way_back_and_a_killed_driver_frees_the_memory(tmp_path):
+    """Of an engine of TP=1 and, where there are two GPUs, at the same time of one of TP=2."""
     before = nvidia_smi("memory.used")
 
     def grown():
         return max(int(now) - int(then) for now, then in zip(nvidia_smi("memory.used"), before, strict=True))  # MiB
 
-    job = Job(tmp_path, "--gpus", str(tp), "--gpus-per-engine", str(tp), "--steps", "4000", script=SMALL + FAULTS,
-              on_gpus=True)
+    jobs = []
+    for tp in range(1, 1 + min(GPUS, 2)):
+        (folder := tmp_path / f"tp{tp}").mkdir()
+        jobs.append(Job(folder, "--gpus", str(tp), "--gpus-per-engine", str(tp), "--steps", "4000",
+                        script=SMALL + FAULTS, on_gpus=True))
     try:
-        job.until(lambda rows: len(rows) > 16, 400)
-        output, rows, busy = job.output.read_text(), job.rows(), grown()
+        found = [(job.until(lambda rows: len(rows) > 16, 400), job.output.read_text(), job.rows()) for job in jobs]
+        busy = grown()
     finally:
-        job.process.kill()
+        for job in jobs:
+            job.process.kill()
     killed = time.monotonic()
     while grown() > 10 and time.monotonic() < killed + 30:
         time.sleep(0.2)
-    seconds = list(map(float, re.findall(r"noticed after ([\d.]+) s", output)))
-    print(f"\nTP={tp}: faults noticed after {seconds} s; GPU memory {busy} MiB more than before, {grown()} MiB "
-          f"{time.monotonic() - killed:.1f} s after the driver was killed")
+    print(f"\nGPU memory {busy} MiB more than before, {grown()} MiB {time.monotonic() - killed:.1f} s after the "
+          "drivers were killed")
     assert grown() <= 10 < 1000 < busy
-    assert output.count("restart 1 of at most 2") == 3 and max(seconds) < 10, output
-    assert re.findall(r"^(\w+)\d died in", output, re.M) == ["engine", "trainer", "trainer"], output
-    assert [row["step"] for row in rows] == list(range(len(rows)))  # no step is lost or made twice
-    job.nothing_is_left_after(30, but=["ray::DashboardAgent", "ray::RuntimeEnvAgent"])
+    for tp, (job, output, rows) in enumerate(found, 1):
+        seconds = list(map(float, re.findall(r"noticed after ([\d.]+) s", output)))
+        print(f"TP={tp}: faults noticed after {seconds} s")
+        assert output.count("restart 1 of at most 2") == 3 and max(seconds) < 10, output
+        assert re.findall(r"^(\w+)\d died in", output, re.M) == ["engine", "trainer", "trainer"], output
+        assert [row["step"] for row in rows] == list(range(len(rows)))  # no step is lost or made twice
+        job.nothing_is_left_after(30, but=["ray::DashboardAgent", "ray::RuntimeEnvAgent"])
 
 
 @pytest.mark.parametrize("tp", [gpu_case(tp, tp, id=f"tp{tp}") for tp in (1, 2)])
@@ -1837,16 +1857,18 @@ def fill_buffer(trainer):
 
 
 @pytest.fixture(scope="module", params=[
-    pytest.param((shape, tp), id=f"{shape}-tp{tp}", marks=skip_below(tp)) for tp in (1, 2) for shape in QWEN3])
+    pytest.param((shape, tp, engines), id=f"{shape}-tp{tp}{'-two' if engines > 1 else ''}",
+                 marks=skip_below(tp * engines))
+    for shape, tp, engines in (("0.6B", 1, 1), ("4B", 1, 1), ("0.6B", 2, 1), ("4B", 2, 1), ("0.6B", 1, 2))])
 def colocated(request, tmp_path_factory):
-    """A loop of one engine and its trainers, started; trainers are offloaded."""
-    (shape, tp), folder = request.param, tmp_path_factory.mktemp("bench")
+    """A loop of one or more engines and their trainers, started; trainers are offloaded."""
+    (shape, tp, engines), folder = request.param, tmp_path_factory.mktemp("bench")
     model = folder / "model"
     write_qwen3(shape, model)
-    config = c.Config(gpus=tp, gpus_per_engine=tp, context_length=1024, prompts_per_step=64,
+    config = c.Config(gpus=tp * engines, gpus_per_engine=tp, context_length=1024, prompts_per_step=64,
                       group_size=8, max_new_tokens=256, mem_fraction=0.3, learning_rate=1e-6, compile=True)
     ray.init("local", include_dashboard=False, log_to_driver=False, runtime_env={"py_modules": [c.__file__]})
-    group = c.create_placement_group(tp, 60)
+    group = c.create_placement_group(config.gpus, 60)
     (folder / "attempt").mkdir()
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # what runs in the actors
     plan = c.plan_engines(c.probe_bundles(group, 60), tp)
@@ -1883,6 +1905,8 @@ def test_weight_sync(colocated):
     print(f"\nweight sync, Qwen3-{shape}, TP={tp}, {tp} FSDP rank(s)")
     table(["", "ms: median (least - most)"], *[[name, spread(seconds)] for name, seconds in rows])
     for name, limit in (("512 MiB buckets", 2**29), ("one call, tensor by tensor", 0)):
+        if not limit and shape == "4B" and torch.cuda.get_device_properties(0).total_memory < 100e9:
+            continue
         rounds = 7 if shape == "0.6B" else 3  # what was sent by IPC stays allocated: 7 rounds of 4B fill the GPU
         table([name, spread(times(lambda limit=limit: sync_as_peers(loop, limit), warm=1, rounds=rounds))])
         in_actors(loop.trainers, forget)
@@ -2033,7 +2057,7 @@ def train_steps_uncompiled(trainer, batch):
 @pytest.mark.bench
 def test_training_step(colocated):
     shape, tp, loop = colocated
-    if (shape, tp) != ("0.6B", 1):
+    if (shape, tp, len(loop.trainers)) != ("0.6B", 1, 1):
         pytest.skip("measured for 0.6B on one GPU")
     loop.each(loop.engines, "sleep")
     loop.each(loop.trainers, "onload")
@@ -2178,3 +2202,25 @@ def test_a_whole_step(colocated, monkeypatch):
             Path("runs").mkdir(exist_ok=True)
             draw(spans, events, "runs/timeline.png")
             print(*(f"{ms:8.1f} ms {kernel}" for ms, kernel in longest), sep="\n")
+
+
+def use_config(trainer, config):
+    trainer.config = config
+
+
+@pytest.mark.bench
+def test_cost_as_work_grows(colocated):
+    """Milliseconds a step on one GPU, and on two with an engine on each."""
+    shape, tp, loop = colocated
+    if (shape, tp) != ("0.6B", 1):
+        pytest.skip("measured for 0.6B and engines of one GPU")
+    print(f"\na step, Qwen3-{shape}, {len(loop.trainers)} GPU(s), an engine of TP=1 on each, --compile, 128 tokens")
+    config = loop.config
+    in_actors(loop.trainers, use_config, c.dataclasses.replace(config, micro_batch=16))
+    for group_size in (8, 32):
+        loop.config = c.dataclasses.replace(config, prompts_per_step=16, group_size=group_size, max_new_tokens=128)
+        seconds = times(functools.partial(loop.step, 1), warm=2, rounds=5)
+        last = [f"{name[8:]} {1000 * x:.0f}" for name, x in loop.phases.items() if name.startswith("seconds_")]
+        table([f"16 prompts x {group_size} samples", spread(seconds, 0), *last])
+    loop.config = config
+    in_actors(loop.trainers, use_config, config)
