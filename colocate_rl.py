@@ -13,7 +13,6 @@ import importlib.metadata
 import ipaddress
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -26,7 +25,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from functools import partial
-from multiprocessing.reduction import ForkingPickler
+from multiprocessing import parent_process, reduction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,8 +63,7 @@ class Config:
     placement_timeout: float = _option(60.0, "placement", "seconds to wait for the placement group")
     model: str = _option("", "model", "Hugging Face id or folder, trained on sums; empty: a Qwen3 from random weights")
     shape: str = _option("tiny", "model", "size of the Qwen3 from random weights", choices=("tiny", "0.6B"))
-    trust_remote_code: bool = _option(False, "model", "run the code that a model folder brings along")
-    prompts_per_step: int = _option(16, "rollout", "different prompts in a step", high=901)
+    prompts_per_step: int = _option(16, "rollout", "different prompts in a step")
     group_size: int = _option(8, "rollout", "responses sampled for each prompt", low=2)
     max_new_tokens: int = _option(4, "rollout", "longest response, in tokens")
     temperature: float = _option(1.0, "rollout", "of sampling; training divides its logits by the same")
@@ -92,13 +90,14 @@ def check_config(config: Config, task: "Task") -> list[str]:
             ok = value < high and (value > 0 if low is None else value >= low)
             rules.append((option.name, ok, f"{'above 0' if low is None else f'at least {low}'}, below {high}"))
     tp, samples = config.gpus_per_engine, config.prompts_per_step * config.group_size
-    shares = max(1, config.gpus * config.updates_per_step)
+    shares, trained = max(1, config.gpus * config.updates_per_step), len(task.problems[64:])
     needed = max(len(prompt) for prompt, _ in task.problems) + max(config.max_new_tokens + 2, 7)  # SGLang keeps some
     rules += [("context_length", needed <= config.context_length, f"at least {needed}, for prompt, answer and engine"),
               ("model", (size := len(task.tokenizer)) <= task.vocab_size, f"an embedding of {size} tokens or more"),
               ("gpus_per_engine", tp == 1 or config.device == "cuda" or config.dry_run, "1 on a CPU"),
               ("gpus", tp < 1 or (config.gpus > 0 and config.gpus % tp == 0), f"a multiple of --gpus-per-engine, {tp}"),
-              ("prompts_per_step", samples % shares == 0, f"{samples} samples to divide by GPUs x updates, {shares}")]
+              ("prompts_per_step", samples % shares == 0, f"{samples} samples to divide by GPUs x updates, {shares}"),
+              ("prompts_per_step", config.prompts_per_step <= trained, f"at most {trained}, those not held out")]
     return [f"--{name.replace('_', '-')} is {getattr(config, name)!r}; expected {expected}"
             for name, holds, expected in rules if not holds]
 
@@ -108,14 +107,18 @@ class PlacementError(ValueError):
     """GPUs cannot be mapped or placed as asked; the message says which, why, and what to do."""
 
 
+class EngineError(RuntimeError):
+    """The engine failed, or refused a call that would have killed its scheduler."""
+
+
 def visible_devices(value: str | None, device_count: int) -> list[str]:
     """The devices that a process sees; None, unset, means all. As in CUDA, the first invalid entry ends the list."""
     if value is None:
         return [str(index) for index in range(device_count)]
     entries, visible = [entry.strip() for entry in value.split(",")], []
-    machine_count = device_count if device_count > len(entries) else math.inf  # else it counts what CUDA sees of them
+    of_machine = device_count > len(entries)  # device_count is of all GPUs, or else of those that CUDA sees of the list
     for entry in entries:
-        if re.fullmatch("[0-9]+", entry) and int(entry) < machine_count:
+        if re.fullmatch("[0-9]+", entry) and not (of_machine and int(entry) >= device_count):
             entry = str(int(entry))
         elif not re.fullmatch(r"(GPU|MIG)-\S+", entry):
             break
@@ -197,7 +200,7 @@ def create_placement_group(num_gpus: int, timeout_s: float) -> PlacementGroup:
         if time.monotonic() >= deadline:
             remove_placement_group(group)
             raise PlacementError(f"no placement group within placement_timeout={timeout_s:g} s: {state}. Ask for at "
-                                 f"most {free}, wait for the others to end, add a node, or raise the limit.")
+                                 f"most {free}, wait for the others, who may hold all CPUs, or raise the limit.")
         print(f"waiting for the placement group: {state}", flush=True)
     return group
 
@@ -256,10 +259,6 @@ ENGINE_FAULTS = (  # in an engine's log, with cause and remedy; these two were t
      "Use plan_engines, and compare --dry-run with CUDA_VISIBLE_DEVICES."))
 
 
-class EngineError(RuntimeError):
-    """The engine failed, or refused a call that would have killed its scheduler."""
-
-
 class EngineLogReport(NamedTuple):  # what an engine's log says of its start
     all_reduce: str | None  # "v2", "v1", or None: the log does not say
     graphs: dict[int, list[int]]  # tp_rank -> batch sizes of the CUDA graphs it captured
@@ -291,14 +290,13 @@ def parse_engine_log(text: str) -> EngineLogReport:
 
 
 def plan_graph_pool(version: str, memory_saver: bool, tp_size: int, alloc_conf: str, prefer: str) -> GraphPool:
-    """Where CUDA graphs keep their memory, "saver" or "resident" as preferred, so that capture cannot fail: all-reduce
-    v2 registers its inputs through CUDA IPC, which refuses memory of the memory saver and of expandable segments."""
+    """Where CUDA graphs keep their memory, "saver" or "resident" as preferred, so that capture cannot fail."""
     handled = Version(version) >= Version("0.5.15")  # by SGLang itself
     in_saver = memory_saver and prefer == "saver"
     register_inputs = not in_saver or handled or tp_size == 1
     why = f"SGLang {version}, TP={tp_size}: CUDA graphs {'in' if in_saver else 'outside'} the memory saver"
     why += "" if register_inputs else ", the inputs of their all-reduces not registered: CUDA IPC would refuse that"
-    if "expandable_segments:True" in alloc_conf and (memory_saver or tp_size > 1 and not handled):
+    if "expandable_segments:True" in alloc_conf.replace(" ", "") and (memory_saver or tp_size > 1 and not handled):
         alloc_conf = ",".join(part for part in alloc_conf.split(",") if "expandable_segments" not in part)
         why += "; WARNING: expandable_segments taken out for the engine: the memory saver and CUDA IPC refuse them"
     return GraphPool(in_saver, register_inputs, alloc_conf, why)
@@ -307,7 +305,7 @@ def plan_graph_pool(version: str, memory_saver: bool, tp_size: int, alloc_conf: 
 def run_scheduler(register_inputs: bool, server_args: Any, port_args: Any, gpu_id: int, *args: Any) -> None:
     """Runs in every scheduler process in place of SGLang's function, and hands over to it."""
     # SGLang asks the kernel to end a scheduler with its parent, but only later, when it has imported itself.
-    threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
+    threading.Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()
     from sglang.srt.distributed.parallel_state import get_tp_group
     from sglang.srt.layers import sampler
     from sglang.srt.managers.scheduler import run_scheduler_process
@@ -342,7 +340,7 @@ def receive_weights(model: torch.nn.Module, named_tensors: list[tuple[str, torch
             torch.cuda.set_sync_debug_mode("error")  # what waits for the GPU raises before it can spoil the capture
             try:
                 model.reload()
-                model.mapped, model.reload = named_tensors, graph.replay
+                model.reload, model.mapped = graph.replay, named_tensors  # a graph keeps nothing alive
             except RuntimeError as error:
                 print(f"WARNING: syncs run the loader itself, which a CUDA graph cannot hold: {error}", flush=True)
             torch.cuda.set_sync_debug_mode("default")
@@ -377,9 +375,9 @@ def log_to(path: str) -> None:
 
 
 def engine_args(config: Config, placement: EnginePlacement, model: str) -> dict[str, Any]:
-    args = dict(model_path=model, trust_remote_code=config.trust_remote_code, context_length=config.context_length,
-                base_gpu_id=placement.base_gpu_id, tp_size=len(placement.bundles), random_seed=config.seed,
-                skip_tokenizer_init=True, log_level="info", device=config.device, weight_version="0",
+    args = dict(model_path=model, context_length=config.context_length, base_gpu_id=placement.base_gpu_id,
+                tp_size=len(placement.bundles), device=config.device, random_seed=config.seed,
+                skip_tokenizer_init=True, log_level="info", weight_version="0",
                 custom_weight_loader=[f"{__name__}.receive_weights"], sleep_on_idle=True,  # else it takes a core
                 sampling_backend="pytorch",  # flashinfer's refuses seeds beside top_p or a greedy row
                 decode_log_interval=min(config.max_new_tokens, 16))  # the log says whether graphs are replayed
@@ -413,8 +411,7 @@ class Engine:
         try:
             if args["device"] == "cpu":
                 prepare_cpu_engine(f"{self.log}.stub")
-            elif (visible := os.environ.get("CUDA_VISIBLE_DEVICES", "")).startswith("GPU-"):
-                # Where SGLang reads UUIDs instead of numbers, it goes on without all-reduce v2.
+            elif (visible := os.environ.get("CUDA_VISIBLE_DEVICES", "")).startswith("GPU-"):  # SGLang would lose v2
                 uuids = [pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(i))
                          for i in range(pynvml.nvmlDeviceGetCount())]
                 numbers = [str(local_gpu_index(token, uuids)) for token in visible_devices(visible, len(uuids))]
@@ -425,8 +422,8 @@ class Engine:
             # A scheduler reports its death by SIGQUIT, at which SGLang would kill this actor and all that it knows.
             self.engine = SGLangEngine(**args, custom_sigquit_handler=signal.SIG_IGN)
         except Exception as error:
-            report = parse_engine_log(Path(self.log).read_text(errors="replace"))
-            raise EngineError(f"{self.name} did not start ({error}): {report}\n  log: {self.log}") from error
+            log = parse_engine_log(Path(self.log).read_text(errors="replace"))
+            raise EngineError(f"{self.name} did not start ({error}): {log.fault or log}\n  log: {self.log}") from error
         self.engine.flush_cache()  # SGLang's handler, set with this first request, acts only while a request runs;
         signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # the default ends this actor with any of its processes, at once
         return [info["reading"] for info in self.engine._scheduler_init_result.scheduler_infos]
@@ -460,7 +457,7 @@ class Engine:
     def update_weights(self, version: str, handles: Sequence[bytes] = ()) -> None:
         """Load all weights, at first from `handles[tp_rank]`; a KV cache of older ones is flushed, or it sleeps."""
         self._ask("update_weights_from_tensor", "UpdateWeightsFromTensorReqInput", weight_version=version,
-                  serialized_named_tensors=handles or [bytes(ForkingPickler.dumps([]))] * len(self.uuids),
+                  serialized_named_tensors=handles or [bytes(reduction.ForkingPickler.dumps([]))] * len(self.uuids),
                   load_format=f"{__name__}.receive_weights", flush_cache="kv_cache" not in self._asleep)
 
     def check_weights(self, action: str) -> None:
@@ -502,7 +499,8 @@ class Trainer:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))  # Ray sets 1
         dist.init_process_group("nccl" if self.on_gpu else "gloo", init_method=f"file://{rendezvous}", rank=self.rank,
                                 world_size=world_size, timeout=timedelta(seconds=self.config.timeout))
-        self.model = self._load(model, dtype=torch.float32, trust_remote_code=self.config.trust_remote_code)
+        self.model = self._load(model, dtype=torch.float32)
+        self.model.generation_config.do_sample = True  # without it, save_pretrained refuses a temperature there
         layers = [m for m in self.model.modules() if type(m).__name__ in (self.model._no_split_modules or ())]
         compiled = torch.compile if self.config.compile else lambda function: function
         for layer in layers:
@@ -549,11 +547,12 @@ class Trainer:
                 part["old_logprobs"] = torch.cat([*map(self._logprobs, part["tokens"].split(config.micro_batch))])
         for part, total in zip(parts, totals, strict=True):
             old_logprobs = []
-            for micro in zip(*(column.split(config.micro_batch) for column in part.values()), strict=True):
-                columns = dict(zip(part, micro, strict=True))
-                logprobs = self._logprobs(columns.pop("tokens"))
-                old_logprobs.append(columns.setdefault("old_logprobs", logprobs.detach()))  # none in the first share
-                loss = grpo_loss(logprobs, **columns, num_tokens=total, importance_cap=2.0)
+            for at in range(0, len(part["tokens"]), config.micro_batch):
+                micro = {name: column[at : at + config.micro_batch] for name, column in part.items()}
+                logprobs = self._logprobs(micro["tokens"])
+                old_logprobs.append(micro.get("old_logprobs", logprobs.detach()))  # the first share has none yet
+                loss = grpo_loss(logprobs, old_logprobs[-1], micro["advantages"], micro["mask"], num_tokens=total,
+                                 rollout_logprobs=micro["rollout_logprobs"], importance_cap=2.0)
                 (loss * ranks).backward()  # FSDP averages over ranks; the loss is a share of a sum
                 losses.append(loss.detach() / len(parts))
             part["old_logprobs"] = torch.cat(old_logprobs)
@@ -601,7 +600,7 @@ class Trainer:
     def share_weights(self) -> bytes:
         """The handle by which an engine maps the buffer of all weights, once; after that, `gather_weights`."""
         torch.multiprocessing.set_sharing_strategy("file_system")  # on a CPU: by name, for the reader is no child
-        return bytes(ForkingPickler.dumps([(name, whole[: p.numel()].view(p.shape)) for (name, p), whole
+        return bytes(reduction.ForkingPickler.dumps([(name, whole[: p.numel()].view(p.shape)) for (name, p), whole
                                            in zip(self.model.named_parameters(), self._whole, strict=True)]))
 
     def gather_weights(self) -> None:
@@ -612,7 +611,7 @@ class Trainer:
             dist.group.WORLD.allgather_into_tensor_coalesced(self._whole, self._slots).wait()
         self.backend.synchronize()  # the reader, in another process, does not wait for this stream
         for name in Path("/dev/shm").glob(f"torch_{os.getpid()}_*"):  # Ray ends the process that would remove it
-            name.unlink()
+            name.unlink(missing_ok=True)
 
     def save(self, folder: str) -> None:
         """All ranks at once: gather weights and optimizer state in fp32; rank 0 writes what `start` can load."""
@@ -708,8 +707,8 @@ def write_random_model(config: Config, folder: Path) -> None:
 def sums_task(config: Config) -> Task:
     """Sums of two-digit numbers for a pretrained model, in its own chat template; the last number it says counts."""
     from transformers import AutoConfig, AutoTokenizer
-    source = dict(pretrained_model_name_or_path=config.model, trust_remote_code=config.trust_remote_code)
-    tokenizer, model_config = AutoTokenizer.from_pretrained(**source), AutoConfig.from_pretrained(**source)
+    model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=False)  # unset, it asks the terminal
+    tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
     pairs = random.Random(0).sample([(a, b) for a in range(10, 100) for b in range(10, 100)], 2000)
     chats = [[{"role": "user", "content": f"What is {a} + {b}? Answer with the number only."}] for a, b in pairs]
     prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False, enable_thinking=False)
@@ -768,6 +767,8 @@ class Loop:
             self.left = max(a - b for a, b in zip(self.phases["gib_asleep"], self.phases["gib_before"], strict=True))
         self.each(self.trainers, "offload")
         self.each(self.engines, "wake", ["kv_cache", "cuda_graph"])
+        if unequal := [name for name, log in self.read_logs(self.engines).items() if "check_weights" in repr(log)]:
+            raise EngineError(f"weights of {unequal} are not those of {model}; SGLang loads what was sent otherwise")
 
     def timed(self, phase: str, function: Callable, *args: Any) -> Any:
         start = time.perf_counter()
@@ -887,7 +888,7 @@ def run(config: Config, task: Task, folder: Path, metrics: list[dict], stopped_b
         stopped_by.append(number)
         if armed:
             raise KeyboardInterrupt  # ray.get passes it on; of a SystemExit it makes its own
-    armed = [True]  # until the clean-up, which comes to its end
+    armed = True  # until the clean-up, which comes to its end
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     options: dict[str, Any] = dict(runtime_env={"py_modules": [__file__]}, log_to_driver=False, logging_level="error")
@@ -946,7 +947,7 @@ def run(config: Config, task: Task, folder: Path, metrics: list[dict], stopped_b
             print({True: "[x]", False: "[FAILED]", None: "[ ]"}[right], f"{what}: {reading}")
         print(f"{summary['wall_seconds']:.0f} s, all of it in {folder}")
     finally:
-        armed.clear()
+        armed = False
         children = set(psutil.Process().children(recursive=True)) - others
         ray.shutdown()
         for process in psutil.wait_procs(children, timeout=3)[1]:  # SGLang's that hang, or are still starting
@@ -981,10 +982,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     metrics, stopped_by, furthest, faults = [], [], 0, 0
     while not stopped_by:
         try:
-            with contextlib.suppress(KeyboardInterrupt):
-                run(config, task, folder, metrics, stopped_by)
-                return 0
-            stopped_by.append(signal.SIGINT)  # if it came before `run` took note
+            run(config, task, folder, metrics, stopped_by)
+            return 0
+        except KeyboardInterrupt:
+            stopped_by.append(signal.SIGINT)  # counts only if it came before `run` took note
         except (PlacementError, FloatingPointError, RuntimeError, OSError, ray.exceptions.RayError) as error:
             faults, furthest = 1 if len(metrics) > furthest else faults + 1, max(furthest, len(metrics))
             if faults > config.max_restarts or isinstance(error, (PlacementError, FloatingPointError)):
@@ -995,6 +996,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Ray's workers and SGLang's processes cannot import __main__.Engine; under the module's own name they can.
-    import colocate_rl
+    import colocate_rl  # Ray's workers and SGLang's processes cannot import __main__.Engine, but colocate_rl.Engine
     sys.exit(colocate_rl.main())
