@@ -950,7 +950,7 @@ def run(config: Config, task: Task, folder: Path, metrics: list[dict], stopped_b
         armed = False
         children = set(psutil.Process().children(recursive=True)) - others
         ray.shutdown()
-        for process in psutil.wait_procs(children, timeout=3)[1]:  # SGLang's that hang, or are still starting
+        for process in psutil.wait_procs(children, timeout=0 if stopped_by else 3)[1]:  # SGLang's, hung or starting
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(children, timeout=10)
