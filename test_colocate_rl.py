@@ -1662,7 +1662,8 @@ def test_the_default_graph_pool_is_among_the_fastest_and_leaves_enough_memory(ca
         [name, f"{found[4]} ({found[0]} - {found[-1]})", f"{left[name]:.2f}" if name in left else "-"]
         for name, found in speeds.items()])
     default = c.Config().graph_pool
-    assert speeds[default][4] >= 0.95 * max(speeds["saver"][4], speeds["resident"][4]) and left[default] <= 3.2
+    best = {name: speeds[name][-1] for name in names[:2]}  # what disturbs a turn can only slow it down
+    assert best[default] >= 0.95 * max(best.values()) and left[default] <= 3.2
 
 
 @pytest.mark.gpu
