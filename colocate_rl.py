@@ -140,8 +140,7 @@ def local_gpu_index(gpu_id: int | str, visible: Sequence[str]) -> int:
 
 
 def _same_device(one: str, other: str) -> bool:  # CUDA takes a UUID cut short: either may be a prefix of the other
-    uuids = one.startswith("GPU-") and other.startswith("GPU-")
-    return one == other or uuids and (one.startswith(other) or other.startswith(one))
+    return one == other or one[:4] == other[:4] == "GPU-" and (one.startswith(other) or other.startswith(one))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,27 +265,28 @@ class EngineLogReport(NamedTuple):  # what an engine's log says of its start
     replayed: bool | None  # a decode batch ran with a graph; None: the log has no decode batch
     errors: list[str]  # all error lines
     fault: str  # the last of them that is known, with its cause and remedy, or else the last one, or ""
+    plan: str  # what plan_graph_pool decided on, and why; "" in the log of an engine that this file did not start
 
     def __str__(self) -> str:
-        inputs = "0 (messages too small to show the fault)" if self.registered == 0 else self.registered or "no"
+        inputs = "0 (messages too small to show the fault)" if self.registered == 0 else self.registered or "not logged"
         sizes = {rank: f"{len(sizes)} up to batches of {max(sizes)}" for rank, sizes in self.graphs.items()}
-        works = f"all-reduce {self.all_reduce}, {inputs} inputs registered, CUDA graphs by rank: {sizes or 'none'}"
-        return self.fault if self.fault and not self.graphs else works
+        works = f"all-reduce {self.all_reduce}, inputs registered: {inputs}, CUDA graphs by rank: {sizes or 'none'}"
+        return self.fault if self.fault and not self.graphs else f"{works}\n{self.plan}".strip()
 
 
 def parse_engine_log(text: str) -> EngineLogReport:
     """Read an engine's log, of SGLang 0.5.12 or 0.5.13, or of one up to 0.5.15 that this file started."""
-    registered = re.search(r"Registering (\d+) cuda graph addresses", text)
+    registered = re.search(r"Regist(?:ering|ered) (\d+) cuda graph addresses", text)
     v2 = re.search(r"Custom allreduce v2 initialized|all-reduce: CustomAllReduceV2", text)  # v1 does not say so
     sizes = re.search(r"(?i)capture .*graph.*\bbs[ =](\[[\d, ]*\])", text)
     ranks = re.findall(r"(?im)^\[[^]]*?(?:TP(\d+))?\] capture .*graph end", text)
-    lines = r"^.*(?:\b\w*(?:Error|Exception)\b.*: \S|crashed with exit code|check_weights see error).*$|^\w+Error$"
+    lines = r"^.*(?:\b\w*(?:Error|Exception)\b.*: \S|CUDA error: |with exit code|check_weights see).*$|^\w+Error$"
     errors = [line.strip() for line in re.findall(lines, text, re.M)]
     known = [f"{line}\n  cause: {why}" for line in errors for pattern, why in ENGINE_FAULTS if re.search(pattern, line)]
     graphs = {int(rank or 0): json.loads(sizes[1]) for rank in sorted(ranks) if sizes}
     return EngineLogReport("v2" if v2 else "v1" if registered else None, graphs, registered and int(registered[1]),
                            "cuda graph: True" in text if "Decode batch" in text else None, errors,
-                           (known or errors or [""])[-1])
+                           (known or errors or [""])[-1], (re.findall(r"SGLang .*: CUDA graphs .*", text) or [""])[0])
 
 
 def plan_graph_pool(version: str, memory_saver: bool, tp_size: int, alloc_conf: str, prefer: str) -> GraphPool:
@@ -294,8 +294,8 @@ def plan_graph_pool(version: str, memory_saver: bool, tp_size: int, alloc_conf: 
     handled = Version(version) >= Version("0.5.15")  # by SGLang itself
     in_saver = memory_saver and prefer == "saver"
     register_inputs = not in_saver or handled or tp_size == 1
-    why = f"SGLang {version}, TP={tp_size}: CUDA graphs {'in' if in_saver else 'outside'} the memory saver"
-    why += "" if register_inputs else ", the inputs of their all-reduces not registered: CUDA IPC would refuse that"
+    why = f"SGLang {version}, TP={tp_size}: CUDA graphs {'in' if in_saver else 'outside'} the memory saver, from which"
+    why += " CUDA IPC cannot export inputs of all-reduces" + (": none registered" if in_saver and tp_size > 1 else "")
     if "expandable_segments:True" in alloc_conf.replace(" ", "") and (memory_saver or tp_size > 1 and not handled):
         alloc_conf = ",".join(part for part in alloc_conf.split(",") if "expandable_segments" not in part)
         why += "; WARNING: expandable_segments taken out for the engine: the memory saver and CUDA IPC refuse them"
@@ -316,7 +316,6 @@ def run_scheduler(register_inputs: bool, server_args: Any, port_args: Any, gpu_i
     if not register_inputs:
         from sglang.srt.distributed.device_communicators.custom_all_reduce_v2 import CustomAllReduceV2
         CustomAllReduceV2.capture = lambda self: contextlib.nullcontext()
-
     def send_ready(message: dict[str, Any], send: Callable = args[-1].send) -> None:
         # Set earlier it selects other kernels; now it makes a draw depend on its request's seed and position only.
         get_global_server_args().enable_deterministic_inference = True
@@ -840,18 +839,19 @@ class Loop:
                  ("held-out reward", after > before or after == 1, f"{before:.3f} -> {after:.3f}")]
         if self.config.device == "cpu":
             return lines + [("same GPU, all-reduce v2, CUDA graphs, exact weights, memory", None, "needs a GPU")]
-        logs = list(self.read_logs(self.engines).values())
+        logs, trainers = (list(self.read_logs(actors).values()) for actors in (self.engines, self.trainers))
         used, graphs = {s["all_reduce"] for s in self.schedulers}, [g for log in logs for g in log.graphs.values()]
-        grown, replayed = max(last["gib_wake"]) - max(first["gib_wake"]), {log.replayed for log in logs}
+        settled, replayed = metrics[:2][-1], {log.replayed for log in logs}  # step 0 takes its buffers phase by phase
+        grown = max(b - a for name in settled if "gib_" in name for a, b in zip(settled[name], last[name], strict=True))
         return lines + [
             ("same GPU", True, f"trainer and scheduler read the same UUID in {ranks} of {ranks} ranks"),
             ("all-reduce v2", used == {"CustomAllReduceV2"} if tp > 1 else None, f"TP={tp}, schedulers use {used}"),
             ("CUDA graphs captured", len(graphs) == ranks, f"in {len(graphs)} of {ranks} ranks"),
             ("CUDA graphs replayed", None if None in replayed else all(replayed), "by decode batches of every engine"),
-            ("no CUDA error", "CUDA error" not in repr(logs), "in the engines' logs"),
+            ("no CUDA error", "CUDA error" not in repr(logs + trainers), "in the logs of engines and trainers"),
             ("weights equal to the bit", "check_weights" not in repr(logs), "in every rank, after a sync onto noise"),
             ("memory asleep", self.left < 0.5 * min(last["gib_wake"]), f"engines leave {self.left:.2f} GiB (< 50 %)"),
-            ("memory does not grow", grown < 0.1 if last["step"] else None, f"{grown:+.3f} GiB over all steps")]
+            ("memory does not grow", grown < 0.1 if last["step"] > 1 else None, f"{grown:+.3f} GiB after step 1")]
 
 
 def check_same_device(trainers: list[dict[str, Any]], schedulers: list[dict[str, Any]]) -> list[tuple]:

@@ -693,13 +693,6 @@ def test_what_generates_is_what_was_trained(main_job):
                 "seconds_wake", "tokens_per_second"} <= set(row)
 
 
-def test_two_gpus_learn_and_ctrl_c_twice_leaves_nothing(tmp_path):
-    job = Job(tmp_path, "--gpus", "2", "--steps", "400", "--heldout-every", "5")
-    job.until(lambda rows: any(row.get("heldout_reward", 0) > 0.9 for row in rows), 400)
-    assert job.signal(signal.SIGINT, signal.SIGINT) == 130
-    assert all(row["logprob_difference_max"] < 1e-4 for row in job.rows())
-
-
 def test_a_run_cut_by_sigterm_resumes_to_the_same_bits(main_job, tmp_path):
     """Cut at a random step; a seed repeats a run, and of what a step depends on nothing is lost with the process."""
     job, cut = Job(tmp_path, "--seed", "0"), random.randint(11, 40)
@@ -739,7 +732,6 @@ faults = {
 } if "--gpus" not in sys.argv else {  # of all ranks, one
     (3, "generate"): lambda: kill(schedulers()[-1:], 0.02),
     (12, "train"): lambda: kill(trainers()[-1:], 0.02),
-    (14, "sync"): lambda: kill(trainers()[:1], 0.005),
 }
 loop, now, since = None, None, 0.0
 step, timed, wait_for = c.Loop.step, c.Loop.timed, c.wait_for
@@ -788,9 +780,8 @@ def test_every_fault_has_one_way_back_on_which_no_sample_is_lost_or_trained_on_t
 def test_where_one_of_two_ranks_dies_both_start_again(tmp_path):
     job = Job(tmp_path, "--gpus", "2", "--steps", "16", script=FAULTS)
     status, output = job.end(400)
-    assert status == 0 and output.count("restart 1 of at most 2") == 3, output
-    died = re.findall(r"^(\w+)\d died in", output, re.M)
-    assert died == ["engine", "trainer", "trainer"], output
+    assert status == 0 and output.count("restart 1 of at most 2") == 2, output
+    assert re.findall(r"^(\w+)\d died in", output, re.M) == ["engine", "trainer"], output
     assert max(map(float, re.findall(r"noticed after ([\d.]+) s", output))) < 10
     assert [row["step"] for row in job.rows()] == list(range(16))
 
@@ -848,22 +839,22 @@ def test_steps_with_bad_numbers_are_skipped_and_three_in_a_row_end_the_run(tmp_p
 @pytest.mark.parametrize(("process", "signals", "expected"), [
     pytest.param("ray::probe_bundle", [signal.SIGTERM], 143, id="probe-and-sigterm"),  # ray.init itself may take 30 s
     pytest.param("spawn_main", [signal.SIGINT], 130, id="scheduler-and-ctrl-c"),
-    pytest.param("spawn_main", [signal.SIGINT] * 2, 130, id="scheduler-and-ctrl-c-twice"),
 ])
 def test_a_signal_at_the_start_leaves_nothing(tmp_path, process, signals, expected):
     assert Job(tmp_path).until_there_is(process).signal(*signals) == expected
 
 
-def test_four_engines_start_at_once_and_everything_listens_on_loopback_only(tmp_path):
+def test_four_engines_start_at_once_listen_on_loopback_only_learn_and_end_at_ctrl_c_twice(tmp_path):
     """Each gets its own ports, also where those of SGLang's first choice are taken."""
     taken = [socket.create_server(("127.0.0.1", port)) for port in range(30_000, 30_004)]
-    job = Job(tmp_path, "--gpus", "4", "--steps", "400")
-    job.until(lambda rows: len(rows) > 1, 400)
+    job = Job(tmp_path, "--gpus", "4", "--steps", "400", "--heldout-every", "5")
+    job.until(lambda rows: any(row.get("heldout_reward", 0) > 0.9 for row in rows), 600)
     listening = [(address.laddr.ip, address.laddr.port) for process in job.processes()
                  for address in process.net_connections("inet") if address.status == psutil.CONN_LISTEN]
     addresses = {ipaddress.ip_address(ip.removeprefix("::ffff:")) for ip, _ in listening}
     assert len(set(listening)) > 10 and all(address.is_loopback for address in addresses), listening
-    assert job.signal(signal.SIGTERM) == 143
+    assert job.signal(signal.SIGINT, signal.SIGINT) == 130
+    assert all(row["logprob_difference_max"] < 1e-4 for row in job.rows())
     for server in taken:
         server.close()
 
@@ -1237,22 +1228,27 @@ BOTH = {0: [8, 512], 1: [8, 512]}
 
 
 @pytest.mark.parametrize(("log", "all_reduce", "graphs", "registered", "says"), [
-    pytest.param(V2 + BEGIN + SIZES + registering(9) + END, "v2", BOTH, 9, "v2, 9 inputs", id="resident"),
-    pytest.param(V2 + BEGIN + SIZES + END, "v2", BOTH, None, "v2, no inputs registered", id="unregistered"),
-    pytest.param(BEGIN + SIZES + registering(18) + END, "v1", BOTH, 18, "v1, 18 inputs", id="v1"),
+    pytest.param(V2 + BEGIN + SIZES + registering(9) + END, "v2", BOTH, 9, "v2, inputs registered: 9", id="resident"),
+    pytest.param(V2 + BEGIN + SIZES + END, "v2", BOTH, None, "v2, inputs registered: not logged", id="unregistered"),
+    pytest.param(BEGIN + SIZES + registering(18) + END, "v1", BOTH, 18, "v1, inputs registered: 18", id="v1"),
     pytest.param(V2 + BEGIN + SIZES.replace("8, 512", "1, 2, 4, 8") + registering(0) + END, "v2",
                  {rank: [1, 2, 4, 8] for rank in (0, 1)}, 0, "too small to show the fault", id="small-messages"),
     pytest.param(NOT_EXPORTED, "v2", {}, None, "CUDA IPC cannot export", id="graph-memory-is-not-exported"),
     pytest.param(WRONG_INDEX, None, {}, None, "physical id", id="wrong-index"),
     pytest.param("[2026-11-22 20:10:43 TP0] Capture target decode CUDA graph begin. backend=full, bs=[8, 512], avail\n"
                  "[2026-11-22 20:10:43 TP0] Capture target decode CUDA graph end. elapsed=2.36 s\n"
-                 "all-reduce: CustomAllReduceV2\n", "v2", {0: [8, 512]}, None, "v2, no inputs", id="0.5.15"),
+                 "all-reduce: CustomAllReduceV2\n", "v2", {0: [8, 512]}, None, "v2, inputs registered: not logged",
+                 id="0.5.15"),
+    pytest.param(V2 + SIZES + "[2026-11-26 01:09 TP0] Registered 9 cuda graph addresses via POSIX fd handles\n" + END,
+                 "v2", BOTH, 9, "v2, inputs registered: 9", id="0.5.15-expandable"),
     pytest.param("[2026-11-22 20:10:40] Capture cuda graph bs [1, 2]\n[2026-11-22 20:10:43] Capture cuda graph end.\n",
-                 None, {0: [1, 2]}, None, "None, no inputs", id="one-gpu"),
+                 None, {0: [1, 2]}, None, "None, inputs registered: not logged", id="one-gpu"),
     pytest.param("ValueError: bad model: x\nReceived sigquit\n", None, {}, None, "ValueError: bad", id="unknown"),
     pytest.param("AssertionError\n", None, {}, None, "AssertionError", id="without-a-message"),
     pytest.param(WRONG_INDEX + "RuntimeError: Connection closed\n", None, {}, None, "physical id", id="not-the-last"),
-    pytest.param("ImportError: no x\n" + SIZES + END, None, BOTH, None, "None, no inputs", id="harmless-error"),
+    pytest.param("ImportError: no x\n" + SIZES + END, None, BOTH, None, "all-reduce None", id="harmless-error"),
+    pytest.param("[2026-11-22 20:11:00 TP1] CUDA error: an illegal memory access\n", None, {}, None, "CUDA error: an",
+                 id="without-a-name"),
 ])
 @pytest.mark.parametrize(("decoded", "replayed"), [("", None), (DECODE.replace("True", "False"), False),
                                                    (DECODE.replace("True", "False") + DECODE, True)])
@@ -1274,7 +1270,8 @@ def test_graphs_in_the_memory_saver_register_no_inputs_where_sglang_would(sglang
                                                                          registers):
     pool = c.plan_graph_pool(sglang, saver, tp, "max_split_size_mb:64", prefer)
     assert pool[:3] == (in_saver, registers, "max_split_size_mb:64")
-    assert sglang in pool.why and ("not registered" in pool.why) == (not registers)
+    assert sglang in pool.why and ("none registered" in pool.why) == (in_saver and tp > 1)  # by SGLang or this file
+    assert c.parse_engine_log(f"{pool.why}\n{V2}").plan == pool.why and pool.why in str(c.parse_engine_log(pool.why))
 
 
 @pytest.mark.parametrize(("sglang", "saver", "tp", "kept"), [
@@ -1500,6 +1497,7 @@ def mapping_id(ids, as_uuids, tp):
 
 
 EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+NEWER_SPELLING = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 @pytest.fixture(scope="module")
@@ -1577,6 +1575,7 @@ def captured(request, tmp_path_factory):
         "saver": ({}, {}, None, "saver"),
         "resident": ({}, {}, None, "resident"),
         "expandable": ({}, EXPANDABLE, None, "saver"),
+        "expandable, no saver": ({"enable_memory_saver": False}, NEWER_SPELLING, None, "resident"),
         "no graphs": ({"disable_cuda_graph": True}, {}, None, "saver"),
         "v1": ({}, {"SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2": "0"}, None, "resident"),
         "physical id": ({"base_gpu_id": 1, "tp_size": 1}, {"CUDA_VISIBLE_DEVICES": "1"}, None, "saver"),
@@ -1613,13 +1612,13 @@ def test_graph_memory_that_cuda_ipc_cannot_export_fails_with_the_reported_line(c
         assert error is None and len(report.graphs) > 1
 
 
-@pytest.mark.parametrize("name", ["saver", "resident", "expandable"])
+@pytest.mark.parametrize("name", ["saver", "resident", "expandable", "expandable, no saver"])
 def test_graphs_are_captured_with_the_guard_on(captured, name):
     _, error, report, _ = captured[name]
     assert error is None and report.all_reduce == "v2" and not report.fault
     assert len(report.graphs) > 1 and all(sizes == [8, 512] for sizes in report.graphs.values())
     if SGLANG < (0, 5, 14):
-        assert report.registered == (9 if name == "resident" else None)
+        assert report.registered == (9 if name in ("resident", "expandable, no saver") else None)
 
 
 def test_a_physical_id_as_base_is_the_other_error(captured):
@@ -1695,8 +1694,8 @@ def test_faults_on_gpus_have_the_same_way_back_and_a_killed_driver_frees_the_mem
     for tp, (job, output, rows) in enumerate(found, 1):
         seconds = list(map(float, re.findall(r"noticed after ([\d.]+) s", output)))
         print(f"TP={tp}: faults noticed after {seconds} s")
-        assert output.count("restart 1 of at most 2") == 3 and max(seconds) < 10, output
-        assert re.findall(r"^(\w+)\d died in", output, re.M) == ["engine", "trainer", "trainer"], output
+        assert output.count("restart 1 of at most 2") == 2 and max(seconds) < 10, output
+        assert re.findall(r"^(\w+)\d died in", output, re.M) == ["engine", "trainer"], output
         assert [row["step"] for row in rows] == list(range(len(rows)))  # no step is lost or made twice
         job.nothing_is_left_after(30, but=["ray::DashboardAgent", "ray::RuntimeEnvAgent"])
 
