@@ -406,7 +406,7 @@ class Engine:
         os.environ |= {"SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{self.log}.rendezvous",  # needs no port
                        "SGLANG_MEMORY_SAVER_CUDA_GRAPH": str(pool.in_saver).lower(),
                        "PYTORCH_CUDA_ALLOC_CONF": pool.alloc_conf, "PYTORCH_ALLOC_CONF": pool.alloc_conf}
-        print(pool.why, flush=True)
+        print(pool.why if args["device"] == "cuda" else "without a GPU", flush=True)
         try:
             if args["device"] == "cpu":
                 prepare_cpu_engine(f"{self.log}.stub")

@@ -844,11 +844,16 @@ def test_a_signal_at_the_start_leaves_nothing(tmp_path, process, signals, expect
     assert Job(tmp_path).until_there_is(process).signal(*signals) == expected
 
 
+NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+
+
 def test_four_engines_start_at_once_listen_on_loopback_only_learn_and_end_at_ctrl_c_twice(tmp_path):
     """Each gets its own ports, also where those of SGLang's first choice are taken."""
     taken = [socket.create_server(("127.0.0.1", port)) for port in range(30_000, 30_004)]
-    job = Job(tmp_path, "--gpus", "4", "--steps", "400", "--heldout-every", "5")
+    job = Job(tmp_path, "--gpus", "4", "--steps", "400", "--heldout-every", "5", **NO_MULTICAST)
     job.until(lambda rows: any(row.get("heldout_reward", 0) > 0.9 for row in rows), 600)
+    workers = [process for process in job.processes() if command_line(process).startswith(("ray::", "sglang::"))]
+    assert len(workers) >= 12 and all(worker.environ().items() >= NO_MULTICAST.items() for worker in workers)
     listening = [(address.laddr.ip, address.laddr.port) for process in job.processes()
                  for address in process.net_connections("inet") if address.status == psutil.CONN_LISTEN]
     addresses = {ipaddress.ip_address(ip.removeprefix("::ffff:")) for ip, _ in listening}
@@ -1014,9 +1019,6 @@ def test_nothing_grows_in_300_steps(tmp_path):
 
 
 # ---- Engine: two started at once, on one local Ray -----------------------------------------------------------------
-
-
-NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 
 
 @pytest.fixture(scope="module")
