@@ -1529,7 +1529,7 @@ def finished(job):
     wrong = {what: reading for what, right, reading in summary["checklist"] if right is False}
     assert ["CUDA graphs replayed", True, "by decode batches of every engine"] in summary["checklist"]
     # Two steps teach nothing, and the memory is that of all jobs.
-    assert set(wrong) <= {"held-out reward", "memory asleep", "memory does not grow"}, wrong
+    assert set(wrong) <= {"held-out reward", "memory asleep"}, wrong
     return summary
 
 
