@@ -278,14 +278,14 @@ def parse_engine_log(text: str) -> EngineLogReport:
     """Read an engine's log, of SGLang 0.5.12 or 0.5.13, or of one up to 0.5.15 that this file started."""
     registered = re.search(r"Regist(?:ering|ered) (\d+) cuda graph addresses", text)
     v2 = re.search(r"Custom allreduce v2 initialized|all-reduce: CustomAllReduceV2", text)  # v1 does not say so
-    sizes = re.search(r"(?i)capture .*graph.*\bbs[ =](\[[\d, ]*\])", text)
-    ranks = re.findall(r"(?im)^\[[^]]*?(?:TP(\d+))?\] capture .*graph end", text)
-    bad = r".*(?:(?:Error|Exception)\b.*: \S|CUDA error: |crashed with exit code|check_weights see error).*|^\w+Error$"
+    sizes = dict(re.findall(r"(?i)\[[^][]*?(?:TP(\d+))?\] capture .*graph.*\bbs[ =](\[[\d, ]*\])", text))
+    ranks = re.findall(r"(?i)\[[^][]*?(?:TP(\d+))?\] capture .*graph end", text)  # a progress bar may stand before it
+    bad = r"^.*(?:(?:Error|Exception)\b.*: \S|CUDA error: |crashed with exit code|check_weights see error).*|^\w+Error$"
     errors = [line.strip() for line in re.findall(bad, text, re.M)]
     known = [f"{line}\n  cause: {why}" for line in errors for pattern, why in ENGINE_FAULTS if re.search(pattern, line)]
-    graphs = {int(rank or 0): json.loads(sizes[1]) for rank in sorted(ranks) if sizes}
+    graphs = {int(rank or 0): json.loads(sizes.get(rank) or sizes[min(sizes)]) for rank in sorted(ranks) if sizes}
     return EngineLogReport("v2" if v2 else "v1" if registered else None, graphs, registered and int(registered[1]),
-                           "cuda graph: True" in text if "Decode batch" in text else None, errors,
+                           bool(re.search("Decode.*graph: True", text)) if "Decode batch" in text else None, errors,
                            (known or errors or [""])[-1], (re.findall(r"SGLang .*: CUDA graphs .*", text) or [""])[0])
 
 
@@ -294,8 +294,8 @@ def plan_graph_pool(version: str, memory_saver: bool, tp_size: int, alloc_conf: 
     handled = Version(version) >= Version("0.5.15")  # by SGLang itself
     in_saver = memory_saver and prefer == "saver"
     register_inputs = not in_saver or handled or tp_size == 1
-    why = f"SGLang {version}, TP={tp_size}: CUDA graphs {'in' if in_saver else 'outside'} the memory saver, from which"
-    why += " CUDA IPC cannot export inputs of all-reduces" + (": none registered" if in_saver and tp_size > 1 else "")
+    why = f"SGLang {version}, TP={tp_size}: CUDA graphs {'in' if in_saver else 'outside'} the memory saver, whose"
+    why += " memory CUDA IPC cannot export" + (": no all-reduce inputs registered" if in_saver and tp_size > 1 else "")
     if "expandable_segments:True" in alloc_conf.replace(" ", "") and (memory_saver or tp_size > 1 and not handled):
         alloc_conf = ",".join(part for part in alloc_conf.split(",") if "expandable_segments" not in part)
         why += "; WARNING: expandable_segments taken out for the engine: the memory saver and CUDA IPC refuse them"
@@ -841,8 +841,8 @@ class Loop:
             return lines + [("same GPU, all-reduce v2, CUDA graphs, exact weights, memory", None, "needs a GPU")]
         logs = list(self.read_logs(self.engines).values())
         used, graphs = {s["all_reduce"] for s in self.schedulers}, [g for log in logs for g in log.graphs.values()]
-        warm, replayed = metrics[:2][-1], {log.replayed for log in logs}  # step 0 takes its buffers phase by phase
-        grown = max(b - a for name in warm if "gib_" in name for a, b in zip(warm[name], last[name], strict=True))
+        warm, replayed = metrics[:2][-1], {log.replayed for log in logs}  # step 0 takes buffers; a rank may wake late
+        grown = max(b - a for n in warm if re.match("gib_(?!wake$)", n) for a, b in zip(warm[n], last[n], strict=True))
         return lines + [
             ("same GPU", True, f"trainer and scheduler read the same UUID in {ranks} of {ranks} ranks"),
             ("all-reduce v2", used == {"CustomAllReduceV2"} if tp > 1 else None, f"TP={tp}, schedulers use {used}"),

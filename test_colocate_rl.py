@@ -339,7 +339,7 @@ def test_placement_that_cannot_be_is_refused_in_time(cluster, case, numbers):
 
 def test_dry_run_prints_the_mapping_and_leaves_nothing(tmp_path):
     command = [str(MODULE), *"--dry-run --gpus 4 --gpus-per-engine 2 --device cpu".split()]
-    done = python(*command, cwd=tmp_path, timeout=240, CUDA_VISIBLE_DEVICES="4,5,6,7")
+    done = python(*command, cwd=tmp_path, timeout=400, CUDA_VISIBLE_DEVICES="4,5,6,7")
     assert done.returncode == 0, done.stderr
     found = [re.sub(r"bundle \d -> node [\d.]+ -> ", "", line) for line in done.stdout.splitlines()]
     assert found == [f"Ray id '{gpu}' -> local index {gpu - 4} -> no GPU -> {rest}" for gpu, rest in [
@@ -354,7 +354,7 @@ def test_dry_run_prints_the_mapping_and_leaves_nothing(tmp_path):
 def test_ranks_follow_the_order_of_the_list(tmp_path, visible, gpus, tp, bases):
     env = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
     done = python(str(MODULE), "--dry-run", "--device", "cpu", "--gpus", str(gpus), "--gpus-per-engine", str(tp),
-                  "--prompts-per-step", "24", cwd=tmp_path, timeout=240, **env)  # equal shares for 3 GPUs, too
+                  "--prompts-per-step", "24", cwd=tmp_path, timeout=400, **env)  # equal shares for 3 GPUs, too
     assert done.returncode == 0, done.stderr
     line = r"Ray id '?(\d+)'? -> local index (\d+) .* engine (\d+) tp_rank (\d+) base_gpu_id (\d+)"
     found = re.findall(line, done.stdout)
@@ -585,7 +585,7 @@ class Job:
                     found.append(process)
         return found
 
-    def until(self, condition, limit_s=240):
+    def until(self, condition, limit_s=400):
         """Wait for a condition on the metrics; returns the job."""
         deadline = time.monotonic() + limit_s
         while not condition(self.rows()):
@@ -597,7 +597,7 @@ class Job:
     def until_there_is(self, name):
         return self.until(lambda rows: any(name in command_line(process) for process in self.processes()))
 
-    def end(self, limit_s=60):
+    def end(self, limit_s=120):
         """Its exit status and output; fails if one of its processes outlives it by more than 15 seconds."""
         status = self.process.wait(timeout=limit_s)
         self.nothing_is_left_after(15)
@@ -669,7 +669,7 @@ def main_job(tmp_path_factory):
     before, job = shared(), Job(tmp_path_factory.mktemp("main"))
     job.until(lambda rows: rows)
     assert not shared() - before
-    status, output = job.end(300)
+    status, output = job.end(600)
     assert status == 0 and not shared() - before, output
     return job, output
 
@@ -701,7 +701,7 @@ def test_a_run_cut_by_sigterm_resumes_to_the_same_bits(main_job, tmp_path):
     (folder / "unfinished").mkdir()  # as if cut off while writing a checkpoint
     last = max(folder.glob("checkpoint-*"))
     resumed = Job(tmp_path, "--resume", str(folder))
-    status, output = resumed.end(200)
+    status, output = resumed.end(400)
     assert status == 0 and f"from {last}, {int(last.name[-6:])} of 50 steps done" in output, output
     assert_equal_to_the_bit(tmp_path, main_job[0].folder)
 
@@ -763,7 +763,7 @@ sys.exit(c.main(sys.argv[1:]))
 
 def test_every_fault_has_one_way_back_on_which_no_sample_is_lost_or_trained_on_twice(main_job, tmp_path):
     job = Job(tmp_path, "--timeout", "60", script=FAULTS)
-    status, output = job.end(900)
+    status, output = job.end(1200)
     assert status == 0, output
     found = [line for line in output.splitlines() if re.search("died in|not done within|fault in|noticed|too l", line)]
     print(*found, sep="\n")
@@ -779,7 +779,7 @@ def test_every_fault_has_one_way_back_on_which_no_sample_is_lost_or_trained_on_t
 
 def test_where_one_of_two_ranks_dies_both_start_again(tmp_path):
     job = Job(tmp_path, "--gpus", "2", "--steps", "16", script=FAULTS)
-    status, output = job.end(400)
+    status, output = job.end(900)
     assert status == 0 and output.count("restart 1 of at most 2") == 2, output
     assert re.findall(r"^(\w+)\d died in", output, re.M) == ["engine", "trainer"], output
     assert max(map(float, re.findall(r"noticed after ([\d.]+) s", output))) < 10
@@ -790,7 +790,7 @@ def test_a_fault_that_comes_again_and_again_ends_the_run(chat_model, tmp_path):
     """An engine that cannot start: half of its weights are missing."""
     weights = shutil.copytree(chat_model, tmp_path / "model") / "model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
-    status, output = Job(tmp_path, "--model", "model", "--max-restarts", "1").end(200)
+    status, output = Job(tmp_path, "--model", "model", "--max-restarts", "1").end(400)
     before, (last,) = output.split("restart 1 of at most 1"), re.findall(r"(?s)\nerror: (.*)", output)
     assert status == 1 and len(before) == 2, output
     for message in (before[0], last):
@@ -829,7 +829,7 @@ sys.exit(c.main(sys.argv[1:]))
 
 def test_steps_with_bad_numbers_are_skipped_and_three_in_a_row_end_the_run(tmp_path):
     job = Job(tmp_path, script=REWARDS)
-    status, output = job.end(100)
+    status, output = job.end(300)
     assert status == 1 and "error: rewards is not finite, 3 steps in a row" in output, output
     rows = [json.loads(line) for line in next(tmp_path.glob("runs/*/metrics.jsonl")).read_text().splitlines()]
     assert [row.get("skipped") for row in rows] == [None, "rewards", None, "rewards", "rewards", "rewards"]
@@ -904,7 +904,7 @@ def test_a_model_folder_is_trained_and_saved_with_its_tokenizer(chat_model, tmp_
     (model / "generation_config.json").write_text('{"temperature": 0.9}')  # as some have it, without "do_sample"
     job = Job(tmp_path, "--model", str(model), "--steps", "3", "--prompts-per-step", "4", "--group-size", "4",
               "--heldout-every", "2")
-    status, output = job.end(200)
+    status, output = job.end(400)
     assert status == 0, output
     (folder,) = tmp_path.glob("runs/*/checkpoint-000003")
     before, after = map(AutoModelForCausalLM.from_pretrained, (chat_model, folder))
@@ -1189,7 +1189,7 @@ def test_a_start_that_fails_says_why(two_gpus, engines, tmp_path):
     engine = new_engine(two_gpus, placement, tmp_path / "engine.log")
     with pytest.raises(c.EngineError) as error:
         args = c.engine_args(c.Config(device="cpu"), placement, str(tmp_path))
-        c.wait_for([engine.start.remote(args)], 120, "start")
+        c.wait_for([engine.start.remote(args)], 300, "start")
     ray.kill(engine)
     assert "engine 0" in str(error.value) and "did not start" in str(error.value)
     assert "no error" not in str(error.value) and "actor died" not in str(error.value), error.value
@@ -1199,9 +1199,11 @@ def test_a_start_that_fails_says_why(two_gpus, engines, tmp_path):
 V2 = "[2026-11-22 20:10:38 TP0] Custom allreduce v2 initialized successfully (rank-check failed: tensor model ...)\n"
 BEGIN = "[2026-11-22 20:10:40 TP1] Capture cuda graph begin. This can take up to several minutes. avail mem=96.59 GB\n"
 SIZES = "[2026-11-22 20:10:40 TP0] Capture cuda graph bs [8, 512]\n"
-END = "".join(f"[2026-11-22 20:10:43 TP{rank}] Capture cuda graph end. Time elapsed: 2.4 s.\n" for rank in (0, 1))
+BAR = "Capturing batches (bs=8 avail_mem=94.3 GB): 100%|##########| 2/2 [00:02<00:00]"  # ends without a new line
+END = "".join(f"{bar}[2026-11-22 20:10:43 TP{rank}] Capture cuda graph end. Time elapsed: 2.4 s.\n"
+              for rank, bar in enumerate(("", BAR)))
 DECODE = "[2026-11-22 20:10:59 TP0] Decode batch, #running-req: 8, #token: 336, token usage: 0.00, cuda graph: True\n"
-PREFILL = "[2026-11-22 20:10:58 TP0] Prefill batch, #new-seq: 3, #running-req: 1, #queue-req: 0, cuda graph: False\n"
+PREFILL = "[2026-11-22 20:10:58 TP0] Prefill batch, #new-seq: 3, #running-req: 1, #queue-req: 0, cuda graph: True\n"
 NOT_EXPORTED = V2 + BEGIN + SIZES + """[2026-11-22 20:08:35 TP0] Scheduler hit an exception: Traceback (most ...):
     pairs = self.obj.share_graph_inputs()
 RuntimeError: Runtime check failed at sgl_kernel/distributed/custom_all_reduce.cuh:37: CUDA error: invalid argument
@@ -1227,6 +1229,7 @@ def registering(count):
 
 
 BOTH = {0: [8, 512], 1: [8, 512]}
+UNEQUAL = {0: [8, 512], 1: [8]}
 
 
 @pytest.mark.parametrize(("log", "all_reduce", "graphs", "registered", "says"), [
@@ -1237,10 +1240,10 @@ BOTH = {0: [8, 512], 1: [8, 512]}
                  {rank: [1, 2, 4, 8] for rank in (0, 1)}, 0, "too small to show the fault", id="small-messages"),
     pytest.param(NOT_EXPORTED, "v2", {}, None, "CUDA IPC cannot export", id="graph-memory-is-not-exported"),
     pytest.param(WRONG_INDEX, None, {}, None, "physical id", id="wrong-index"),
-    pytest.param("[2026-11-22 20:10:43 TP0] Capture target decode CUDA graph begin. backend=full, bs=[8, 512], avail\n"
-                 "[2026-11-22 20:10:43 TP0] Capture target decode CUDA graph end. elapsed=2.36 s\n"
-                 "all-reduce: CustomAllReduceV2\n", "v2", {0: [8, 512]}, None, "v2, inputs registered: not logged",
-                 id="0.5.15"),
+    pytest.param("".join(f"[2026-11-22 20:10:43 TP{rank}] Capture target decode CUDA graph begin. bs={sizes}, avail\n"
+                         f"[2026-11-22 20:10:45 TP{rank}] Capture target decode CUDA graph end. elapsed=2.36 s\n"
+                         for rank, sizes in UNEQUAL.items()) + "all-reduce: CustomAllReduceV2\n",
+                 "v2", UNEQUAL, None, "v2, inputs registered: not logged", id="0.5.15"),
     pytest.param(V2 + SIZES + "[2026-11-26 01:09 TP0] Registered 9 cuda graph addresses via POSIX fd handles\n" + END,
                  "v2", BOTH, 9, "v2, inputs registered: 9", id="0.5.15-expandable"),
     pytest.param("[2026-11-22 20:10:40] Capture cuda graph bs [1, 2]\n[2026-11-22 20:10:43] Capture cuda graph end.\n",
@@ -1272,7 +1275,8 @@ def test_graphs_in_the_memory_saver_register_no_inputs_where_sglang_would(sglang
                                                                          registers):
     pool = c.plan_graph_pool(sglang, saver, tp, "max_split_size_mb:64", prefer)
     assert pool[:3] == (in_saver, registers, "max_split_size_mb:64")
-    assert sglang in pool.why and ("none registered" in pool.why) == (in_saver and tp > 1)  # by SGLang or this file
+    assert sglang in pool.why
+    assert ("no all-reduce inputs" in pool.why) == (in_saver and tp > 1)  # by SGLang or this file
     assert c.parse_engine_log(f"{pool.why}\n{V2}").plan == pool.why and pool.why in str(c.parse_engine_log(pool.why))
 
 
@@ -1309,7 +1313,7 @@ def trainers(group, folder, ranks, model, resume=False, **settings):
         str(folder / "trainer.log"), rank, bundles[rank], config) for rank in range(ranks)]
 
     def call(method, *args):
-        return c.wait_for([getattr(actor, method).remote(*args) for actor in actors], 120, method)
+        return c.wait_for([getattr(actor, method).remote(*args) for actor in actors], 300, method)
 
     try:
         call("start", str(folder / "rendezvous"), ranks, str(model), resume)
@@ -1455,7 +1459,7 @@ def test_the_saved_model_loads_in_transformers_and_sglang(main_job, two_gpus, en
     ray.kill(engines[0][1])
     placement = c.plan_engines(c.probe_bundles(two_gpus, 60), 1)[1]
     engine = new_engine(two_gpus, placement, tmp_path / "engine.log")
-    c.wait_for([engine.start.remote(c.engine_args(c.Config(device="cpu"), placement, str(folder)))], 120, "start")
+    c.wait_for([engine.start.remote(c.engine_args(c.Config(device="cpu"), placement, str(folder)))], 300, "start")
     assert ask(engine, ids.tolist(), temperature=0.0, max_new_tokens=4)[0].response_ids == tokens
 
 
@@ -1741,7 +1745,7 @@ def test_the_main_job_without_a_gpu(tmp_path):
     table(["engine up -> held-out reward above 0.9", f"{seconds:.1f} s"],
           ["resident memory, shared pages counted in each process", f"{most['rss'] / 1e9:.2f} GB"],
           ["the same, shared pages counted once", f"{most['pss'] / 1e9:.2f} GB"])
-    assert job.end(200)[0] == 0 and seconds < 60
+    assert job.end(400)[0] == 0 and seconds < 60
 
 
 @pytest.mark.bench
