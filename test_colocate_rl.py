@@ -1265,6 +1265,12 @@ def test_the_engine_s_log_tells_the_outcomes_apart(log, all_reduce, graphs, regi
     assert bool(help) == ("cause: " in report.fault) == (bool(line) and not graphs and says not in line)
 
 
+def test_a_log_with_long_lines_is_read_at_once():
+    start = time.perf_counter()
+    c.parse_engine_log(f"server_args={'x' * 30_000}\n" * 3)
+    assert time.perf_counter() - start < 1
+
+
 @pytest.mark.parametrize(("sglang", "saver", "tp", "prefer", "in_saver", "registers"), [
     ("0.5.12.post1", True, 2, "saver", True, False), ("0.5.14.post1", True, 2, "saver", True, False),
     ("0.5.15.post1", True, 2, "saver", True, True), ("0.5.12.post1", True, 1, "saver", True, True),
