@@ -1,150 +1,263 @@
-"""Reinforcement learning on language models with rollout and training on the same GPUs ("colocate"), in one file.
+"""Reinforcement learning on language models, rollout and training on the same GPUs, in one file.
 
-SGLang generates, torch (FSDP2) trains, Ray places both, and they take turns; custom all-reduce v2 and CUDA graphs stay
-on. GRPO (arXiv:2402.03300) with DAPO's token mean and asymmetric clip (arXiv:2503.14476), truncated importance weights.
+SGLang generates, torch trains, Ray places both, and they take turns on every GPU ("colocate").
+Custom all-reduce v2 and CUDA graphs stay on. The algorithm is GRPO (arXiv:2402.03300) without its
+KL term, with the token mean and the asymmetric clip of DAPO (arXiv:2503.14476), and with truncated
+importance weights between rollout and training.
 
-    python colocate_rl.py           # no GPU needed: a tiny model learns a toy task with the real engine; see --help
+    python colocate_rl.py           # no GPU needed: a tiny model learns a toy task
+    python colocate_rl.py --help    # all settings
 """
 
-import argparse
 import contextlib
-import dataclasses
 import importlib.metadata
 import ipaddress
 import json
 import math
 import os
+import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
 import threading
 import time
-from collections import namedtuple
-from collections.abc import Callable, Iterable, Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
+from itertools import accumulate
 from multiprocessing import parent_process, reduction
 from pathlib import Path
-from typing import Any, NamedTuple
+from tempfile import gettempdir
+from typing import Any, Literal, NamedTuple
 
-import numpy
+import huggingface_hub
+import joblib
 import psutil
 import pynvml
 import ray
 import torch
 import torch.distributed as dist
+import tyro
 from packaging.version import Version
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_optimizer_state_dict
+from safetensors.torch import load_file, save_file
+from torch.nn.utils import get_total_norm, parameters_to_vector, vector_to_parameters
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-
-# ---- 1. Settings ----------------------------------------------------------------------------------------------------
-def _option(default: Any, group: str, help: str, **limits: Any) -> Any:
-    return dataclasses.field(default=default, metadata=dict(group=group, help=help, **limits))
+# ---- 1. Settings --------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
+@dataclass
+class Run:
+    steps: int = 50
+    """Training steps."""
+    seed: int = 0
+    """Makes a run repeatable: initial weights, data, sampling."""
+    heldout_every: int = 10
+    """Every this many steps, and at the end: write a checkpoint, score the held-out prompts."""
+    resume: str = ""
+    """Folder of a run to go on with, by its own settings where none are given."""
+    dry_run: bool = False
+    """Place, print the mapping of bundles to engines, and stop."""
+    timeout: float = 600.0
+    """Limit, in seconds, of an engine's start and of every other single call."""
+
+
+@dataclass
+class Placement:
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: cuda where there is one."""
+    gpus: int = 0
+    """GPUs to use, logical ones on a CPU; 0: all of this machine, or 1."""
+    gpus_per_engine: int = 1
+    """Tensor parallel size (TP) of each engine."""
+
+
+@dataclass
+class Model:
+    model: str = ""
+    """Hugging Face id or folder, trained on sums; empty: a Qwen3 from random weights."""
+    shape: Literal["tiny", "0.6B"] = "tiny"
+    """Size of the Qwen3 from random weights."""
+
+
+@dataclass
+class Rollout:
+    prompts_per_step: int = 16
+    """Different prompts in a step."""
+    group_size: int = 8
+    """Responses sampled for each prompt."""
+    max_new_tokens: int = 4
+    """Longest response, in tokens."""
+    temperature: float = 1.0
+    """Of sampling; training divides its logits by the same."""
+    context_length: int = 512
+    """Longest prompt and response together, in tokens."""
+    mem_fraction: float = 0.6
+    """Share of a GPU for the engine's weights and KV cache."""
+
+
+@dataclass
+class Training:
+    learning_rate: float = 3e-3
+    """Of AdamW, constant."""
+    updates_per_step: int = 2
+    """Optimizer steps on a batch; the clip matters from the second on."""
+    micro_batch: int = 64
+    """Sequences in one forward and backward pass of a rank."""
+    compile: bool = False
+    """torch.compile the layers and the log-probabilities."""
+    offload: bool = True
+    """The optimizer state leaves the GPU while the engine generates."""
+    max_logprob_difference: float = 0.1
+    """Mean difference between engine and trainer, in nats, that stops the run."""
+
+
+@dataclass
 class Config:
-    """Every setting of a run; the command line is made from it. Numbers: above 0, or at least `low`; below `high`."""
-    steps: int = _option(50, "run", "training steps")
-    seed: int = _option(0, "run", "makes a run repeatable: initial weights, data, sampling", low=0, high=2**32)
-    heldout_every: int = _option(10, "run", "every this many steps: score the held-out prompts, write a checkpoint")
-    resume: str = _option("", "run", "folder of a run to go on with, by its own settings where none are given")
-    max_restarts: int = _option(2, "run", "restarts from the last checkpoint, anew after each new step", low=0)
-    dry_run: bool = _option(False, "run", "place, print the mapping of bundles to engines, and stop")
-    timeout: float = _option(600.0, "run", "limit, in seconds, of an engine's start and of every other single call")
-    device: str = _option("auto", "placement", "auto: cuda where there is one", choices=("auto", "cuda", "cpu"))
-    gpus: int = _option(0, "placement", "GPUs to use, logical ones on a CPU; 0: all of this machine, or 1", low=0)
-    gpus_per_engine: int = _option(1, "placement", "tensor parallel size (TP) of each engine")
-    placement_timeout: float = _option(60.0, "placement", "seconds to wait for the placement group")
-    model: str = _option("", "model", "Hugging Face id or folder, trained on sums; empty: a Qwen3 from random weights")
-    shape: str = _option("tiny", "model", "size of the Qwen3 from random weights", choices=("tiny", "0.6B"))
-    prompts_per_step: int = _option(16, "rollout", "different prompts in a step")
-    group_size: int = _option(8, "rollout", "responses sampled for each prompt", low=2)
-    max_new_tokens: int = _option(4, "rollout", "longest response, in tokens")
-    temperature: float = _option(1.0, "rollout", "of sampling; training divides its logits by the same")
-    context_length: int = _option(512, "rollout", "longest prompt and response together, in tokens")
-    mem_fraction: float = _option(0.6, "rollout", "share of a GPU for the engine's weights and KV cache", high=1)
-    graph_pool: str = _option("resident", "rollout", "where CUDA graphs are kept", choices=("resident", "saver"))
-    learning_rate: float = _option(3e-3, "training", "of AdamW, constant")
-    updates_per_step: int = _option(2, "training", "optimizer steps on a batch; the clip matters from the second on")
-    micro_batch: int = _option(64, "training", "sequences in one forward and backward pass of a rank")
-    compile: bool = _option(False, "training", "torch.compile the layers and the log-probabilities")
-    offload: bool = _option(True, "training", "weights and optimizer state leave the GPU while the engine generates")
+    run: Run = field(default_factory=Run)
+    placement: Placement = field(default_factory=Placement)
+    model: Model = field(default_factory=Model)
+    rollout: Rollout = field(default_factory=Rollout)
+    training: Training = field(default_factory=Training)
 
-    def __post_init__(self) -> None:
-        self.device = self.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-        self.gpus = self.gpus or (torch.cuda.device_count() if self.device == "cuda" else 1)
+    def __post_init__(self):
+        """Resolve `auto`, 0 GPUs and a relative folder."""
+        placement, model = self.placement, self.model
+        if placement.device == "auto":
+            placement.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if placement.gpus == 0:
+            placement.gpus = torch.cuda.device_count() if placement.device == "cuda" else 1
+        if model.model and Path(model.model).is_dir():
+            model.model = str(Path(model.model).resolve())
 
 
-def check_config(config: Config, task: "Task") -> list[str]:
-    """Every problem with the settings; each names the option, its value and what was expected."""
-    rules = []
-    for option in dataclasses.fields(config):
-        low, high = option.metadata.get("low"), option.metadata.get("high", math.inf)
-        if type(value := getattr(config, option.name)) in (int, float):
-            ok = value < high and (value > 0 if low is None else value >= low)
-            rules.append((option.name, ok, f"{'above 0' if low is None else f'at least {low}'}, below {high}"))
-    tp, samples = config.gpus_per_engine, config.prompts_per_step * config.group_size
-    shares, trained = max(1, config.gpus * config.updates_per_step), len(task.problems[64:])
-    needed = max(len(prompt) for prompt, _ in task.problems) + max(config.max_new_tokens + 2, 7)  # SGLang keeps some
-    rules += [("context_length", needed <= config.context_length, f"at least {needed}, for prompt, answer and engine"),
-              ("model", (size := len(task.tokenizer)) <= task.vocab_size, f"an embedding of {size} tokens or more"),
-              ("gpus_per_engine", tp == 1 or config.device == "cuda" or config.dry_run, "1 on a CPU"),
-              ("gpus", tp < 1 or (config.gpus > 0 and config.gpus % tp == 0), f"a multiple of --gpus-per-engine, {tp}"),
-              ("prompts_per_step", samples % shares == 0, f"{samples} samples to divide by GPUs x updates, {shares}"),
-              ("prompts_per_step", config.prompts_per_step <= trained, f"at most {trained}, those not held out")]
-    return [f"--{name.replace('_', '-')} is {getattr(config, name)!r}; expected {expected}"
-            for name, holds, expected in rules if not holds]
+def check_numbers(config: Config) -> list[str]:
+    """Every number out of range; each message names the option, its value and what was expected."""
+    limits = {
+        "steps": (1, 999_999),
+        "seed": (0, 2**32 - 1),
+        "group_size": (2, 1e9),
+        "mem_fraction": (0.01, 0.99),
+    }
+    problems = []
+    for settings in asdict(config).values():
+        for name, value in settings.items():
+            low, high = limits.get(name, (1e-12 if type(value) is float else 1, 1e12))
+            if type(value) in (int, float) and not low <= value <= high:
+                option = name.replace("_", "-")
+                problems.append(f"--{option} is {value}; expected {low:g} to {high:g}")
+    return problems
 
 
-# ---- 2. Devices: visible list -> local index -> engine plan (pure) --------------------------------------------------
+def check_machine(config: Config) -> list[str]:
+    """Every setting that does not fit this machine."""
+    gpus, tp, tmp = config.placement.gpus, config.placement.gpus_per_engine, gettempdir()
+    visible = len(visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), 2**16))
+    problems = []
+    if gpus % tp:
+        problems.append(f"--gpus is {gpus}; expected a multiple of --gpus-per-engine, {tp}")
+    if gpus > visible and os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
+        problems.append(f"--gpus is {gpus}; expected at most CUDA_VISIBLE_DEVICES' {visible}")
+    if tp > 1 and config.placement.device == "cpu" and not config.run.dry_run:
+        problems.append(f"--gpus-per-engine is {tp}; expected 1 on a CPU")
+    if config.placement.device == "cpu" and torch.cuda.is_available():
+        problems.append("--device is cpu; expected cuda, since this machine has GPUs")
+    if len(tmp) > 38:  # Ray's socket in it has some 70 characters more, and at most 107
+        problems.append(f"TMPDIR is {tmp!r}; expected at most 38 characters")
+    return problems
+
+
+def check_task(config: Config, task: "Task") -> list[str]:
+    """Every setting that does not fit the task."""
+    rollout, prompts = config.rollout, [prompt for prompt, _ in task.problems]
+    count, length = rollout.prompts_per_step, rollout.context_length
+    samples = count * rollout.group_size
+    shares = config.placement.gpus * config.training.updates_per_step
+    trained = len(prompts) - HELD_OUT
+    needed = max(map(len, prompts)) + max(rollout.max_new_tokens + 2, 7)  # SGLang keeps some
+    largest = max(map(max, prompts))
+    problems = []
+    if samples % shares or count > trained:
+        problems.append(
+            f"--prompts-per-step is {count}; expected at most {trained}, and {samples} samples "
+            f"to divide by GPUs x updates, {shares}"
+        )
+    if not needed <= length <= task.max_length:
+        problems.append(
+            f"--context-length is {length}; expected at least {needed}, for prompt, answer and "
+            f"engine, and at most the model's {task.max_length}"
+        )
+    if largest >= task.vocab_size:
+        problems.append(f"--model has {task.vocab_size} tokens; prompts use token {largest}")
+    return problems
+
+
+# ---- 2. Devices: visible list -> local index -> engine plan (pure) ------------------------------
+
+
 class PlacementError(ValueError):
     """GPUs cannot be mapped or placed as asked; the message says which, why, and what to do."""
 
 
-class EngineError(RuntimeError):
-    """The engine failed, or refused a call that would have killed its scheduler."""
-
-
 def visible_devices(value: str | None, device_count: int) -> list[str]:
-    """The devices that a process sees; None, unset, means all. As in CUDA, the first invalid entry ends the list."""
+    """The devices that a process sees, as CUDA reads `CUDA_VISIBLE_DEVICES`.
+
+    None, unset, means all. The first invalid entry ends the list. PlacementError for a device that
+    is named twice.
+    """
     if value is None:
         return [str(index) for index in range(device_count)]
-    entries, visible = [entry.strip() for entry in value.split(",")], []
-    of_machine = device_count > len(entries)  # device_count is of all GPUs, or else of those that CUDA sees of the list
+    entries = [entry.strip() for entry in value.split(",")]
+    # device_count is of all GPUs of the machine, or else of those that CUDA sees of the list.
+    of_machine = device_count > len(entries)
+    visible: list[str] = []
     for entry in entries:
         if re.fullmatch("[0-9]+", entry) and not (of_machine and int(entry) >= device_count):
             entry = str(int(entry))
         elif not re.fullmatch(r"(GPU|MIG)-\S+", entry):
             break
-        if any(_same_device(entry, other) for other in visible):
-            raise PlacementError(f"CUDA_VISIBLE_DEVICES={value!r} names {entry!r} twice; expected once. Remove one.")
+        if any(same_device(entry, other) for other in visible):
+            raise PlacementError(
+                f"CUDA_VISIBLE_DEVICES={value!r} names {entry!r} twice; expected once. Remove one."
+            )
         visible.append(entry)
     return visible[:device_count]
 
 
+def same_device(one: str, other: str) -> bool:
+    """Whether two entries name one device. CUDA takes a UUID cut short, so one may be a prefix."""
+    uuids = one.startswith("GPU-") and other.startswith("GPU-")
+    return one == other or (uuids and (one.startswith(other) or other.startswith(one)))
+
+
 def local_gpu_index(gpu_id: int | str, visible: Sequence[str]) -> int:
-    """The position of Ray's `gpu_id` (an int, digits, a GPU UUID or its prefix, a MIG name) in the visible list; torch
-    and SGLang count so. PlacementError if it is ambiguous or not in the list, even where it is a valid position."""
+    """The position of Ray's `gpu_id` in the visible list; torch and SGLang count so.
+
+    `gpu_id` is an int, digits, a GPU's UUID or its prefix, or a MIG name. PlacementError if it is
+    ambiguous or not in the list, even where it would be a valid position.
+    """
     token = re.sub(r"^0+(?=\d)", "", str(gpu_id).strip())
-    positions = [index for index, entry in enumerate(visible) if _same_device(token, entry)]
+    positions = [index for index, entry in enumerate(visible) if same_device(token, entry)]
     if len(positions) != 1:
-        raise PlacementError(f"gpu_id={gpu_id!r} matches {len(positions)} entries of the list {list(visible)}; expected"
-                             " one. Give this process its node's list: a runtime_env with ONE_LIST.")
+        raise PlacementError(
+            f"gpu_id={gpu_id!r} matches {len(positions)} entries of the list {list(visible)}; "
+            "expected one. Give this process its node's list: a runtime_env with ONE_LIST."
+        )
     return positions[0]
 
 
-def _same_device(one: str, other: str) -> bool:  # CUDA takes a UUID cut short: either may be a prefix of the other
-    return one == other or one[:4] == other[:4] == "GPU-" and (one.startswith(other) or other.startswith(one))
+@dataclass(frozen=True)
+class Bundle:
+    """One GPU of the placement group, as its probe found it."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Bundle:  # one GPU of the placement group, as its probe found it
     index: int  # of the bundle in the placement group
     node_id: str
     node_ip: str
@@ -153,848 +266,1484 @@ class Bundle:  # one GPU of the placement group, as its probe found it
     uuid: str | None = None  # None on a machine without GPUs
 
 
-EnginePlacement = namedtuple("EnginePlacement", "engine bundles base_gpu_id node_ip")  # tp_rank r: base_gpu_id + r
+class EnginePlacement(NamedTuple):
+    """The GPUs of one engine, by tp_rank; tp_rank r has the local index base_gpu_id + r."""
+
+    engine: int
+    bundles: tuple[Bundle, ...]
+    base_gpu_id: int
+    node_ip: str
 
 
 def plan_engines(bundles: Sequence[Bundle], gpus_per_engine: int) -> list[EnginePlacement]:
-    """Cut the bundles, sorted by node and then by *local* index, into engines. (By physical id 1,0 would come wrong.)
-    PlacementError where an engine would not get consecutive local indices on one node."""
+    """Cut the bundles, sorted by node and then by *local* index, into engines.
+
+    Sorted by physical id, a list of 1,0 would come out crossed. PlacementError where an engine
+    would not get consecutive local indices on one node.
+    """
     if gpus_per_engine < 1 or not bundles or len(bundles) % gpus_per_engine:
-        raise PlacementError(f"{gpus_per_engine=}, {len(bundles)} bundles; expected whole engines. Ask for a multiple.")
-    ordered = sorted(bundles, key=lambda b: (int(ipaddress.ip_address(b.node_ip)), b.node_id, b.local_index))
+        raise PlacementError(f"{gpus_per_engine=}, {len(bundles)} bundles; expected whole engines")
+    ordered = sorted(bundles, key=lambda b: (address_key(b.node_ip), b.node_id, b.local_index))
     engines = []
     for engine, start in enumerate(range(0, len(ordered), gpus_per_engine)):
         part = tuple(ordered[start : start + gpus_per_engine])
-        local, node_ips = [bundle.local_index for bundle in part], [bundle.node_ip for bundle in part]
-        which = f"engine {engine} of {gpus_per_engine=} would get the Ray ids {[b.gpu_id for b in part]}"
+        local_indices = [bundle.local_index for bundle in part]
+        base = local_indices[0]
+        gpu_ids = [bundle.gpu_id for bundle in part]
+        which = f"engine {engine} of {gpus_per_engine=} would get the Ray ids {gpu_ids}"
         if len({bundle.node_id for bundle in part}) > 1:
-            raise PlacementError(f"{which} on {node_ips}; expected one node. Choose a divisor of each node's GPUs.")
-        if local != list(range(local[0], local[0] + gpus_per_engine)):
-            raise PlacementError(f"{which} at the local indices {local} of node {node_ips[0]}; expected consecutive "
-                                 "ones. Free those between, or list these side by side in CUDA_VISIBLE_DEVICES.")
-        engines.append(EnginePlacement(engine, part, base_gpu_id=local[0], node_ip=node_ips[0]))
+            node_ips = [bundle.node_ip for bundle in part]
+            raise PlacementError(
+                f"{which} on {node_ips}; expected one node. Choose a divisor of each node's GPUs."
+            )
+        if local_indices != list(range(base, base + gpus_per_engine)):
+            raise PlacementError(
+                f"{which} at the local indices {local_indices} of node {part[0].node_ip}; expected "
+                "consecutive ones. Free those between, or list these side by side in "
+                "CUDA_VISIBLE_DEVICES."
+            )
+        engines.append(EnginePlacement(engine, part, base, part[0].node_ip))
     return engines
 
 
+def address_key(address: str) -> tuple[bool, int, str]:
+    """Sorts node addresses: numbers by value, then host names; an IPv6 zone decides last."""
+    try:
+        return False, int(ipaddress.ip_address(address)), address
+    except ValueError:
+        return True, 0, address
+
+
 def get_base_gpu_id(engine: int, gpus_per_engine: int, gpus_per_node: int) -> int:
-    """The loop-index formula, where no bundle was probed; sure to equal the plan only if all visible GPUs are taken."""
+    """The formula of the loop index, where no bundle was probed.
+
+    It is sure to equal the plan only if every visible GPU of the nodes is taken.
+    """
     if engine < 0 or gpus_per_engine < 1 or gpus_per_node < 1 or gpus_per_node % gpus_per_engine:
-        raise PlacementError(f"{engine=}, {gpus_per_engine=}, {gpus_per_node=}; expected one that divides the node's")
+        raise PlacementError(
+            f"{engine=}, {gpus_per_engine=}, {gpus_per_node=}; expected one that divides the node's"
+        )
     return engine * gpus_per_engine % gpus_per_node
 
 
-# ---- 3. Placement group: create, probe (Ray) ------------------------------------------------------------------------
-# With these, Ray and SGLang leave the list alone, and one local index means one device in every process of a node.
-ONE_LIST = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS": "0"}
-ENGINE_SHARE, TRAINER_SHARE, PROBE_SHARE = 0.3, 0.6, 0.1  # of a bundle's GPU: Ray's bookkeeping, no limit on memory
+# ---- 3. Placement group: create, probe (Ray) ----------------------------------------------------
+
+# With these, Ray and SGLang leave the list alone, and one local index means one device in every
+# process of a node.
+ONE_LIST = {
+    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+    "SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS": "0",
+}
+# Shares of a bundle's GPU, so that Ray puts engine, trainer and probe on it together. They limit no
+# memory. The actor of an engine of several GPUs lives on its first bundle.
+ENGINE_SHARE, TRAINER_SHARE, PROBE_SHARE = 0.3, 0.6, 0.1
 
 
 def create_placement_group(num_gpus: int, timeout_s: float) -> PlacementGroup:
-    """Reserve bundles of one GPU each, packed on few nodes. Waits visibly; PlacementError after `timeout_s` seconds."""
-    group, deadline = placement_group([{"GPU": 1, "CPU": 0.1}] * num_gpus, "PACK"), time.monotonic() + timeout_s
+    """Reserve bundles of one GPU each, packed on few nodes.
+
+    Says what it waits for. PlacementError after `timeout_s` seconds.
+    """
+    group = placement_group([{"GPU": 1, "CPU": 0.1}] * num_gpus, "PACK")
+    deadline = time.monotonic() + timeout_s
+    said = ""
     while not group.wait(max(0.1, min(5.0, deadline - time.monotonic()))):
-        total, free = (int(found.get("GPU", 0)) for found in (ray.cluster_resources(), ray.available_resources()))
-        state = (f"asked for {num_gpus} GPUs, {max(0, num_gpus - free)} are missing: the cluster has {total} on "
-                 f"{sum(node['Alive'] for node in ray.nodes())} node(s), of which others hold {total - free}")
+        total = int(ray.cluster_resources().get("GPU", 0))
+        free = int(ray.available_resources().get("GPU", 0))
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        state = (
+            f"asked for {num_gpus} GPUs, {max(0, num_gpus - free)} are missing: the cluster has "
+            f"{total} on {nodes} node(s), of which others hold {total - free}"
+        )
         if time.monotonic() >= deadline:
             remove_placement_group(group)
-            raise PlacementError(f"no placement group within placement_timeout={timeout_s:g} s: {state}. Ask for at "
-                                 f"most {free}, wait for the others, who may hold all CPUs, or raise the limit.")
-        print(f"waiting for the placement group: {state}", flush=True)
+            raise PlacementError(
+                f"no placement group within timeout={timeout_s:g} s: {state}. Ask for at most "
+                f"{free}, wait for the others, who may hold all CPUs, or raise the limit."
+            )
+        if state != said:
+            print(f"waiting for the placement group: {state}", flush=True)
+        said = state
     return group
 
 
 def on_bundle(group: PlacementGroup, index: int, gpu_share: float) -> dict[str, Any]:
     """Options of a Ray actor that lives on a bundle and sees the node's whole list of GPUs."""
-    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-    return dict(num_gpus=gpu_share, num_cpus=0, scheduling_strategy=strategy, runtime_env={"env_vars": ONE_LIST})
-
-
-def probe_bundle(index: int) -> Bundle:
-    """Runs in a bundle, and reads which GPU Ray gave it."""
-    (gpu_id,), node_id = ray.get_gpu_ids(), ray.get_runtime_context().get_node_id()
-    (node,) = (node for node in ray.nodes() if node["NodeID"] == node_id)
-    device_count = torch.cuda.device_count() or int(node["Resources"]["GPU"])  # logical GPUs
-    local_index = local_gpu_index(gpu_id, visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), device_count))
-    return Bundle(index, node_id, node["NodeManagerAddress"], gpu_id, local_index, read_device(local_index)["uuid"])
-
-
-def read_device(local_index: int) -> dict[str, Any]:
-    """What the calling process sees at an index; without GPUs the UUID is None."""
-    uuid = f"GPU-{torch.cuda.get_device_properties(local_index).uuid}" if torch.cuda.is_available() else None
-    return dict(pid=os.getpid(), local_index=local_index, uuid=uuid)
+    return {
+        "num_gpus": gpu_share,
+        "num_cpus": 0,
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, index),
+        "runtime_env": {"env_vars": ONE_LIST},
+    }
 
 
 def probe_bundles(group: PlacementGroup, timeout_s: float) -> list[Bundle]:
     """Read every bundle of a placement group, all at once; in the order of the bundles' indices."""
-    probes = [ray.remote(**on_bundle(group, i, PROBE_SHARE))(probe_bundle).remote(i) for i in range(group.bundle_count)]
+    options = [on_bundle(group, index, PROBE_SHARE) for index in range(group.bundle_count)]
+    probes = [ray.remote(**own)(probe_bundle).remote(i) for i, own in enumerate(options)]
     return wait_for(probes, timeout_s, "the bundles' probes")
 
 
-def wait_for(refs: list, timeout_s: float, what: str, actors: Iterable[Any] = ()) -> list:
-    """`ray.get` with a limit (TimeoutError). This file's errors come out as themselves, an actor's death in 5 s."""
-    deadline, pings = time.monotonic() + timeout_s, []
+def probe_bundle(index: int) -> Bundle:
+    """Runs in a bundle, and reads which GPU Ray gave it."""
+    (gpu_id,) = ray.get_gpu_ids()
+    node_id = ray.get_runtime_context().get_node_id()
+    (node,) = (node for node in ray.nodes() if node["NodeID"] == node_id)
+    device_count = torch.cuda.device_count() or int(node["Resources"]["GPU"])  # logical GPUs
+    visible = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), device_count)
+    local_index = local_gpu_index(gpu_id, visible)
+    uuid = device_uuid(local_index)
+    return Bundle(index, node_id, node["NodeManagerAddress"], gpu_id, local_index, uuid)
+
+
+def device_uuid(local_index: int) -> str | None:
+    """The UUID, as NVML names it, of what the calling process sees at an index; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    is_mig = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-")
+    uuid = torch.cuda.get_device_properties(local_index).uuid
+    return f"{'MIG' if is_mig else 'GPU'}-{uuid}"
+
+
+def wait_for(refs: list, timeout_s: float, what: str, watch: Sequence[Any] = ()) -> list:
+    """`ray.get` with a limit in seconds (TimeoutError).
+
+    Errors of this file come out as themselves. The death of any actor to `watch` is noticed in 5 s.
+    """
+    deadline = time.monotonic() + timeout_s
+    pings: list[ray.ObjectRef] = []
     while True:
         try:
-            return ray.get([*refs, *pings], timeout=max(0.0, min(5.0, deadline - time.monotonic())))[: len(refs)]
+            results = ray.get(
+                [*refs, *pings], timeout=max(0.0, min(5.0, deadline - time.monotonic()))
+            )
+            return results[: len(refs)]
         except ray.exceptions.GetTimeoutError as error:
             if time.monotonic() >= deadline:
-                raise TimeoutError(f"{what}: not done within {timeout_s:g} s; raise that limit if slow") from error
-            pings = [actor.__ray_ready__.remote() for actor in actors]  # raises RayActorError where one is dead
+                raise TimeoutError(
+                    f"{what}: not done within {timeout_s:g} s; raise that limit if slow"
+                ) from error
+            # A ping of a dead actor raises RayActorError.
+            pings = [actor.__ray_ready__.remote() for actor in watch]
         except ray.exceptions.RayTaskError as error:
-            own = isinstance(error.cause, (PlacementError, EngineError))
-            raise error.cause if own else RuntimeError(f"{what}: {error}") from error
+            if isinstance(error.cause, (PlacementError, EngineError)):
+                raise error.cause from error
+            raise RuntimeError(f"{what} raised {error.cause!r}") from error
 
 
-# ---- 4. Engine: one Ray actor a SGLang engine, and what runs inside its scheduler processes -------------------------
-SGLANG = importlib.metadata.version("sglang")
+# ---- 4. Engine: one Ray actor a SGLang engine, and what runs in its scheduler processes ---------
+
+SGLANG = Version(importlib.metadata.version("sglang"))
 MEMORY_TAGS = ("kv_cache", "weights", "cuda_graph")  # SGLang's names for what can sleep
-GraphPool = namedtuple("GraphPool", "in_saver register_inputs alloc_conf why")  # what plan_graph_pool decides on
-Sample = namedtuple("Sample", "prompt_ids response_ids logprobs weight_version")  # one logprob a response token, nats
-ENGINE_FAULTS = (  # in an engine's log, with cause and remedy; these two were taken for one and the same fault
-    (r"custom_all_reduce\.cuh:\d+: CUDA error: invalid argument", "CUDA IPC cannot export what a captured all-reduce "
-     "registers, of the memory saver or expandable_segments; the mapping is right. Use plan_graph_pool."),
-    (r"CUDA error: invalid device ordinal", "base_gpu_id is no index into the visible list, but maybe a physical id. "
-     "Use plan_engines, and compare --dry-run with CUDA_VISIBLE_DEVICES."))
+# In an engine's log, with cause and remedy. These two were taken for one and the same fault.
+ENGINE_FAULTS = {
+    r"(custom_all_reduce|ipc)\.cuh:\d+.*CUDA error: invalid argument": "CUDA IPC cannot export "
+    "what a captured all-reduce registers, of the memory saver or expandable_segments; the mapping "
+    "is right. Use capture_guard.",
+    r"CUDA error: invalid device ordinal": "base_gpu_id is no index into the visible list, but "
+    "maybe a physical id. Use plan_engines, and compare --dry-run with CUDA_VISIBLE_DEVICES.",
+}
 
 
-class EngineLogReport(NamedTuple):  # what an engine's log says of its start
-    all_reduce: str | None  # "v2", "v1", or None: the log does not say
-    graphs: dict[int, list[int]]  # tp_rank -> batch sizes of the CUDA graphs it captured
-    registered: int | None  # inputs of captured all-reduces that were registered; None: SGLang said nothing
-    replayed: bool | None  # a decode batch ran with a graph; None: the log has no decode batch
-    errors: list[str]  # all error lines
-    fault: str  # the last of them that is known, with its cause and remedy, or else the last one, or ""
-    plan: str  # what plan_graph_pool decided on, and why; "" in the log of an engine that this file did not start
-
-    def __str__(self) -> str:
-        inputs = "0 (messages too small to show the fault)" if self.registered == 0 else self.registered or "not logged"
-        sizes = {rank: f"{len(sizes)} up to batches of {max(sizes)}" for rank, sizes in self.graphs.items()}
-        works = f"all-reduce {self.all_reduce}, inputs registered: {inputs}, CUDA graphs by rank: {sizes or 'none'}"
-        return self.fault if self.fault and not self.graphs else f"{works}\n{self.plan}".strip()
+class EngineError(RuntimeError):
+    """The engine failed, or refused a call that would have killed its scheduler."""
 
 
-def parse_engine_log(text: str) -> EngineLogReport:
-    """Read an engine's log, of SGLang 0.5.12 or 0.5.13, or of one up to 0.5.15 that this file started."""
+class Sample(NamedTuple):
+    prompt_ids: list[int]
+    response_ids: list[int]
+    logprobs: list[float]  # one a response token, in nats
+    weight_version: str
+    truncated: bool  # by the longest response that was allowed
+
+
+class EngineLog(NamedTuple):
+    """What an engine's log says."""
+
+    captured: list[int]  # tp_ranks that have captured their CUDA graphs
+    registered: int | None  # inputs of captured all-reduces; None: not logged
+    replayed: bool | None  # decode batches ran with a graph; None: there was no decode batch
+    fault: str  # the last known fault with its cause and remedy, or else the last error line, or ""
+
+
+def parse_engine_log(text: str) -> EngineLog:
+    ranks = re.findall(r"(?i)\[[^][]*?(?:TP(\d+))?\] capture .*graph.* end", text)
     registered = re.search(r"Regist(?:ering|ered) (\d+) cuda graph addresses", text)
-    v2 = re.search(r"Custom allreduce v2 initialized|all-reduce: CustomAllReduceV2", text)  # v1 does not say so
-    sizes = dict(re.findall(r"(?i)\[[^][]*?(?:TP(\d+))?\] capture .*graph.*\bbs[ =](\[[\d, ]*\])", text))
-    ranks = re.findall(r"(?i)\[[^][]*?(?:TP(\d+))?\] capture .*graph end", text)  # a progress bar may stand before it
-    bad = r"^.*(?:(?:Error|Exception)\b.*: \S|CUDA error: |crashed with exit code|check_weights see error).*|^\w+Error$"
-    errors = [line.strip() for line in re.findall(bad, text, re.M)]
-    known = [f"{line}\n  cause: {why}" for line in errors for pattern, why in ENGINE_FAULTS if re.search(pattern, line)]
-    graphs = {int(rank or 0): json.loads(sizes.get(rank) or sizes[min(sizes)]) for rank in sorted(ranks) if sizes}
-    return EngineLogReport("v2" if v2 else "v1" if registered else None, graphs, registered and int(registered[1]),
-                           bool(re.search("Decode.*graph: True", text)) if "Decode batch" in text else None, errors,
-                           (known or errors or [""])[-1], (re.findall(r"SGLang .*: CUDA graphs .*", text) or [""])[0])
+    decoded = re.findall(r"Decode batch.*graph: (\w+)", text)
+    error = r"^.*(?:(?:Error|Exception)\b.*: \S|CUDA error: |crashed with exit code).*|^\w+Error$"
+    lines = [line.strip() for line in re.findall(error, text, re.M)]
+    known = [
+        f"{line}\n  cause: {cause}"
+        for line in lines
+        for pattern, cause in ENGINE_FAULTS.items()
+        if re.search(pattern, line)
+    ]
+    return EngineLog(
+        captured=sorted({int(rank or 0) for rank in ranks}),
+        registered=int(registered[1]) if registered else None,
+        replayed="True" in decoded if decoded else None,
+        fault=(known or lines or [""])[-1],
+    )
 
 
-def plan_graph_pool(version: str, memory_saver: bool, tp_size: int, alloc_conf: str, prefer: str) -> GraphPool:
-    """Where CUDA graphs keep their memory, "saver" or "resident" as preferred, so that capture cannot fail."""
-    handled = Version(version) >= Version("0.5.15")  # by SGLang itself
-    in_saver = memory_saver and prefer == "saver"
-    register_inputs = not in_saver or handled or tp_size == 1
-    why = f"SGLang {version}, TP={tp_size}: CUDA graphs {'in' if in_saver else 'outside'} the memory saver, whose"
-    why += " memory CUDA IPC cannot export" + (": no all-reduce inputs registered" if in_saver and tp_size > 1 else "")
-    if "expandable_segments:True" in alloc_conf.replace(" ", "") and (memory_saver or tp_size > 1 and not handled):
-        alloc_conf = ",".join(part for part in alloc_conf.split(",") if "expandable_segments" not in part)
-        why += "; WARNING: expandable_segments taken out for the engine: the memory saver and CUDA IPC refuse them"
-    return GraphPool(in_saver, register_inputs, alloc_conf, why)
+def capture_guard(environment: dict[str, str]) -> dict[str, str]:
+    """Changes of an engine's environment with which the capture of its CUDA graphs cannot fail.
+
+    CUDA IPC, by which a captured all-reduce shares its input, exports memory of cudaMalloc only. So
+    graphs stay outside the memory saver, and expandable segments, which the memory saver refuses as
+    well, are taken out of the allocator's settings.
+    """
+    changes = {"SGLANG_MEMORY_SAVER_CUDA_GRAPH": "false"}
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        settings = environment.get(name, "").split(",")
+        changes[name] = ",".join(part for part in settings if "expandable_segments" not in part)
+    return changes
 
 
-def run_scheduler(register_inputs: bool, server_args: Any, port_args: Any, gpu_id: int, *args: Any) -> None:
-    """Runs in every scheduler process in place of SGLang's function, and hands over to it."""
-    # SGLang asks the kernel to end a scheduler with its parent, but only later, when it has imported itself.
-    threading.Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()
-    from sglang.srt.distributed.parallel_state import get_tp_group
-    from sglang.srt.layers import sampler
-    from sglang.srt.managers.scheduler import run_scheduler_process
-    from sglang.srt.server_args import get_global_server_args
-    if on_gpu := server_args.device == "cuda":
-        torch.cuda.set_device(gpu_id)  # before any other CUDA call, which would leave a context on device 0
-    sampler.multinomial_with_seed = torch.compile(draw_with_seeds, dynamic=True) if on_gpu else draw_with_seeds
-    if not register_inputs:
-        from sglang.srt.distributed.device_communicators.custom_all_reduce_v2 import CustomAllReduceV2
-        CustomAllReduceV2.capture = lambda self: contextlib.nullcontext()
-    def send_ready(message: dict[str, Any], send: Callable = args[-1].send) -> None:
-        # Set earlier it selects other kernels; now it makes a draw depend on its request's seed and position only.
-        get_global_server_args().enable_deterministic_inference = True
-        communicator = get_tp_group().ca_comm
-        all_reduce = type(communicator).__name__ if communicator and not communicator.disabled else None
-        print(f"all-reduce: {all_reduce}", flush=True)  # SGLang 0.5.14 and later do not log it
-        device = torch.cuda.current_device() if on_gpu else gpu_id  # in use, not as told
-        send({**message, "reading": dict(tp_rank=args[0], all_reduce=all_reduce, **read_device(device))})
-    args[-1].send = send_ready  # the pipe on which the scheduler says, once, that it is ready
-    run_scheduler_process(server_args, port_args, gpu_id, *args)
+def engine_args(
+    placement: EnginePlacement,
+    model: str,
+    max_running_requests: int,
+    context_length: int = 512,
+    mem_fraction: float = 0.6,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """SGLang's settings of an engine that shares its GPUs. `mem_fraction`: weights and KV cache."""
+    args = {
+        "model_path": model,
+        "context_length": context_length,
+        "base_gpu_id": placement.base_gpu_id,
+        "tp_size": len(placement.bundles),
+        "random_seed": seed,
+        "skip_tokenizer_init": True,
+        "log_level": "info",
+        "decode_log_interval": 4,  # the log says whether graphs are replayed
+        "sleep_on_idle": True,  # else it takes a core
+        "custom_weight_loader": [f"{__name__}.{loader}" for loader in WEIGHT_LOADERS],
+    }
+    if placement.bundles[0].uuid is None:
+        return args | {
+            "device": "cpu",
+            "dtype": "float32",
+            "max_running_requests": max_running_requests,
+            "disable_radix_cache": True,  # a resumed run has other prefixes in it
+            # If it ran out of tokens, it would need CUDA.
+            "max_total_tokens": (max_running_requests + 1) * context_length,
+        }
+    renamed = Version("0.5.14") <= SGLANG
+    largest_batch = "cuda_graph_max_bs_decode" if renamed else "cuda_graph_max_bs"
+    no_prefill_graph = "disable_prefill_cuda_graph" if renamed else "disable_piecewise_cuda_graph"
+    return args | {
+        "device": "cuda",
+        "dtype": "bfloat16",
+        "mem_fraction_static": mem_fraction,
+        "enable_memory_saver": True,
+        "enforce_disable_flashinfer_allreduce_fusion": True,  # it needs NVLink multicast
+        largest_batch: max(64, min(max_running_requests, 512)),
+        no_prefill_graph: True,  # its memory would bypass the memory saver
+    }
 
 
-def receive_weights(model: torch.nn.Module, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
-    """Runs in every scheduler process: SGLang's own loader, first with all weights, in memory of the trainer that stays
-    mapped. Later calls bring none, and do the same again: on a GPU, as a CUDA graph."""
-    if named_tensors:
-        model.reload = partial(model.load_weights, named_tensors)
-    model.reload()
-    if named_tensors and named_tensors[0][1].is_cuda:
-        with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
-            torch.cuda.set_sync_debug_mode("error")  # what waits for the GPU raises before it can spoil the capture
-            try:
-                model.reload()
-                model.reload, model.mapped = graph.replay, named_tensors  # a graph keeps nothing alive
-            except RuntimeError as error:
-                print(f"WARNING: syncs run the loader itself, which a CUDA graph cannot hold: {error}", flush=True)
-            torch.cuda.set_sync_debug_mode("default")
-    torch.get_device_module(next(model.parameters()).device).synchronize()  # the trainer may write there again
+class Engine:
+    """A Ray actor with an in-process SGLang engine. It dies with any of SGLang's processes."""
+
+    def __init__(self, log: str, placement: EnginePlacement):
+        self.name = f"engine {placement.engine} at base_gpu_id {placement.base_gpu_id}"
+        self.number, self.log, self.asleep = placement.engine, Path(log).absolute(), set()
+        self.uuids = [bundle.uuid for bundle in placement.bundles]
+        log_to(log)
+
+    def start(self, args: dict[str, Any]):
+        """Start SGLang, or raise EngineError with its reason."""
+        self.seed = args["random_seed"]
+        # The scheduler processes meet in a file, which needs no port.
+        os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{self.log}.rendezvous"
+        os.environ |= capture_guard(dict(os.environ))
+        try:
+            if args["device"] == "cpu":
+                prepare_cpu_engine(f"{self.log}.stub")
+            else:
+                pynvml.nvmlInit()
+                number_devices()
+            from sglang.srt.entrypoints.engine import Engine as SGLangEngine
+
+            SGLangEngine.run_scheduler_process_func = staticmethod(run_scheduler)
+            # A scheduler reports its death by SIGQUIT. By its own handler SGLang would end this
+            # actor at once, and the reason with it.
+            self.engine = SGLangEngine(**args, custom_sigquit_handler=signal.SIG_IGN)
+            self.engine.freeze_gc()
+        except Exception as error:
+            fault = parse_engine_log(self.log.read_text(errors="replace")).fault
+            raise EngineError(f"{self.name} did not start ({error}): {fault}") from error
+        # SGLang installs its own handler of SIGQUIT at the first request, which this is. Then the
+        # default comes back: the death of any of its processes ends this actor, at once.
+        self.engine.flush_cache()
+        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
+    def memory_used(self) -> list[float]:
+        """GiB in use on each of the engine's GPUs, by whomever; none on a CPU."""
+        handles = [pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in self.uuids if uuid]
+        return [pynvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30 for handle in handles]
+
+    def generate(self, prompts: list[list[int]], sampling: dict[str, Any]) -> list[Sample]:
+        """Token ids in; token ids and log-probabilities out, in the same order."""
+        self._expect("generate", awake=MEMORY_TAGS)
+        outputs = self.engine.generate(
+            input_ids=prompts, sampling_params=sampling, return_logprob=True
+        )
+        return [
+            Sample(
+                prompt,
+                output["output_ids"],
+                [logprob for logprob, *_ in output["meta_info"]["output_token_logprobs"]],
+                output["meta_info"]["weight_version"],
+                # SGLang says "length" of a response whose last token was the end, too.
+                output["meta_info"]["finish_reason"]["type"] == "length"
+                and output["output_ids"][-1] not in sampling.get("stop_token_ids", ()),
+            )
+            for prompt, output in zip(prompts, outputs, strict=True)
+        ]
+
+    def sleep(self, tags: Sequence[str] = MEMORY_TAGS):
+        """Release the GPU memory behind the tags. Weights come back as garbage."""
+        self._expect("sleep", awake=tags)
+        # To release memory while a request is in flight would kill SGLang's scheduler.
+        pending = self.engine.tokenizer_manager.flush_cache(timeout_s=60.0)
+        if not self.engine.loop.run_until_complete(pending).success:
+            raise EngineError(f"{self.name} refused sleep: requests were in flight for 60 s")
+        self.engine.release_memory_occupation(list(tags))
+        self.asleep |= set(tags)
+
+    def wake(self, tags: Sequence[str] = MEMORY_TAGS):
+        """Take the memory behind the tags again."""
+        self._expect("wake", asleep=tags)
+        self.engine.resume_memory_occupation(list(tags))
+        self.asleep -= set(tags)
+
+    def map_weights(self, handles: list[bytes]) -> list[dict[str, Any]]:
+        """Map the trainers' weights, by tp_rank, for the rest of the run.
+
+        The weights must be awake, as SGLang loaded them. Returns what each scheduler process has
+        read of itself, by tp_rank.
+        """
+        self._load("map_weights", handles)
+        # SGLang's reply has no room for what the schedulers say, so they say it in the log.
+        readings = re.findall(r"^scheduler: (.*)", self.log.read_text(errors="replace"), re.M)
+        return sorted(map(json.loads, readings), key=lambda reading: reading["tp_rank"])
+
+    def update_weights(self, version: int):
+        """Copy the mapped weights into the engine, and seed its sampling, so that a run repeats."""
+        # The seed travels as the payload of the loader.
+        seed = random.Random(f"{self.seed}/{version}/{self.number}").getrandbits(31)
+        payload = pickle.dumps([("seed", torch.tensor(seed))])
+        self._load("update_weights", [payload] * len(self.uuids), str(version))
+
+    def _load(self, loader, payloads, version=None):
+        """Run one of WEIGHT_LOADERS in every scheduler process, each with its payload."""
+        from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
+
+        self._expect(loader, awake=["weights"])
+        request = UpdateWeightsFromTensorReqInput(
+            serialized_named_tensors=payloads,
+            load_format=f"{__name__}.{loader}",
+            weight_version=version,
+            flush_cache=False,  # `sleep` has flushed it
+        )
+        pending = self.engine.tokenizer_manager.update_weights_from_tensor(request)
+        success, message, *_ = self.engine.loop.run_until_complete(pending)
+        if not success:
+            raise EngineError(f"{self.name}: {loader} failed: {message}")
+
+    def _expect(self, method, awake=(), asleep=()):
+        """Refuse what would kill the scheduler: to wake what is awake, or to use what sleeps."""
+        if self.asleep.intersection(awake) or not self.asleep.issuperset(asleep):
+            raise EngineError(
+                f"{self.name} refused {method}: asleep: {sorted(self.asleep)}; expected "
+                f"{sorted(awake)} awake and {sorted(asleep)} asleep, of {MEMORY_TAGS}"
+            )
 
 
-def draw_with_seeds(logprobs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """One draw a row, [B, V], [B], [B] -> [B, 1]: each token rings after an exponential time / its probability, and the
-    first is drawn. SGLang's own is slower, needs Triton, and now and then takes a token whatever its probability."""
-    row = (seeds.long() * 0x2545F4914F6CDD1D ^ positions) * 0x5851F42D4C957F2D
-    bits = row[:, None] + torch.arange(1, logprobs.shape[1] + 1, device=row.device)  # [B, V]; the hash of 0 would be 0
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):  # the hash of splitmix64
-        bits = (bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))) * factor  # masked: an unsigned shift
-    minus_uniform = (((bits >> 32) & 0xFFFFFFFF) + 0.5) * -(2.0**-32)  # fp32: exact near 0, may round to -1
-    return (logprobs - torch.log(-torch.log1p(minus_uniform).clamp(min=-20.0))).argmax(dim=1, keepdim=True)
-
-
-def prepare_cpu_engine(folder: str) -> None:
-    """Let SGLang be imported without libcuda: a stub stands for `sgl_kernel`, of which a CPU engine calls nothing."""
-    (package := Path(folder) / "sgl_kernel").mkdir(parents=True, exist_ok=True)
-    (package / "__init__.py").touch()
-    (package / "kvcacheio.py").write_text("__getattr__ = {}.get")  # whatever is imported from it is None
-    sys.path.insert(0, folder)  # child processes inherit it
-    os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
-
-
-def log_to(path: str) -> None:
+def log_to(path: str):
     """What this process and its children print goes to a file from now on."""
     with open(path, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
 
 
-def engine_args(config: Config, placement: EnginePlacement, model: str) -> dict[str, Any]:
-    args = dict(model_path=model, context_length=config.context_length, base_gpu_id=placement.base_gpu_id,
-                tp_size=len(placement.bundles), device=config.device, random_seed=config.seed,
-                skip_tokenizer_init=True, log_level="info", weight_version="0",
-                custom_weight_loader=[f"{__name__}.receive_weights"], sleep_on_idle=True,  # else it takes a core
-                sampling_backend="pytorch",  # flashinfer's refuses seeds beside top_p or a greedy row
-                decode_log_interval=min(config.max_new_tokens, 16))  # the log says whether graphs are replayed
-    own = -(-config.prompts_per_step * config.group_size // (config.gpus // config.gpus_per_engine))
-    if config.device == "cpu":  # if it ran out of tokens, it would need CUDA
-        return dict(args, dtype="float32", max_running_requests=own, max_total_tokens=(own + 1) * config.context_length)
-    newer = Version(SGLANG) >= Version("0.5.14")  # it renamed both; larger batches decode without a graph
-    graphs = {"cuda_graph_max_bs_decode" if newer else "cuda_graph_max_bs": max(64, min(own, 512)),
-              "disable_prefill_cuda_graph" if newer else "disable_piecewise_cuda_graph": True}  # no saver for a prefill
-    return dict(args, dtype="bfloat16", mem_fraction_static=config.mem_fraction, enable_memory_saver=True,
-                enforce_disable_flashinfer_allreduce_fusion=True, **graphs)  # it needs NVLink multicast
+def prepare_cpu_engine(folder: str):
+    """Let SGLang be imported without libcuda.
+
+    A stub stands for `sgl_kernel`, of which a CPU engine calls nothing.
+    """
+    package = Path(folder) / "sgl_kernel"
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "__init__.py").touch()
+    (package / "kvcacheio.py").write_text("__getattr__ = {}.get")  # whatever is imported is None
+    sys.path.insert(0, folder)  # child processes inherit it
+    os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+    # All requests of a batch start together, so that a run repeats to the bit.
+    os.environ["SGLANG_ENABLE_COLOCATED_BATCH_GEN"] = "1"
 
 
-class Engine:
-    """A Ray actor with an in-process SGLang engine. It dies with any of SGLang's processes; its calls queue up."""
-    def __init__(self, log: str, placement: EnginePlacement):
-        self.name = f"engine {placement.engine} (base_gpu_id {placement.base_gpu_id} on {placement.node_ip})"
-        self.uuids, self.log, self._asleep = [bundle.uuid for bundle in placement.bundles], log, set()
-        log_to(log)
-        if placement.bundles[0].uuid:
-            pynvml.nvmlInit()
-
-    def start(self, args: dict[str, Any], prefer: str = "resident", pool: GraphPool | None = None) -> list[dict]:
-        """Start SGLang (or EngineError), with `pool` if given, not the plan; returns its schedulers' readings."""
-        conf = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF", "")  # as torch
-        pool = pool or plan_graph_pool(SGLANG, args.get("enable_memory_saver", False), args["tp_size"], conf, prefer)
-        os.environ |= {"SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{self.log}.rendezvous",  # needs no port
-                       "SGLANG_MEMORY_SAVER_CUDA_GRAPH": str(pool.in_saver).lower(),
-                       "PYTORCH_CUDA_ALLOC_CONF": pool.alloc_conf, "PYTORCH_ALLOC_CONF": pool.alloc_conf}
-        print(pool.why if args["device"] == "cuda" else "without a GPU", flush=True)
-        try:
-            if args["device"] == "cpu":
-                prepare_cpu_engine(f"{self.log}.stub")
-            elif (visible := os.environ.get("CUDA_VISIBLE_DEVICES", "")).startswith("GPU-"):  # SGLang would lose v2
-                uuids = [pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(i))
-                         for i in range(pynvml.nvmlDeviceGetCount())]
-                numbers = [str(local_gpu_index(token, uuids)) for token in visible_devices(visible, len(uuids))]
-                os.environ |= {"CUDA_VISIBLE_DEVICES": ",".join(numbers), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-            from sglang.srt.entrypoints.engine import Engine as SGLangEngine
-            SGLangEngine.run_scheduler_process_func = staticmethod(partial(run_scheduler, pool.register_inputs))
-            SGLangEngine._launch_detokenizer_subprocesses = lambda **_: ([], [])  # skip_tokenizer_init idles it
-            # A scheduler reports its death by SIGQUIT, at which SGLang would kill this actor and all that it knows.
-            self.engine = SGLangEngine(**args, custom_sigquit_handler=signal.SIG_IGN)
-        except Exception as error:
-            log = parse_engine_log(Path(self.log).read_text(errors="replace"))
-            raise EngineError(f"{self.name} did not start ({error}): {log.fault or log}\n  log: {self.log}") from error
-        self.engine.flush_cache()  # SGLang's handler, set with this first request, acts only while a request runs;
-        signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # the default ends this actor with any of its processes, at once
-        return [info["reading"] for info in self.engine._scheduler_init_result.scheduler_infos]
-
-    def memory_used(self) -> list[float]:
-        """GiB in use on each of the engine's GPUs, by whomever, as NVML counts it; takes no CUDA context."""
-        return [pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(u)).used / 2**30 for u in self.uuids]
-
-    def generate(self, prompts: list[list[int]], sampling: list[dict[str, Any]]) -> list[Sample]:
-        """Token ids in, token ids and log-probabilities out; each `sampling` may carry its own `sampling_seed`."""
-        self._expect("generate", awake=MEMORY_TAGS)
-        outputs = self.engine.generate(input_ids=prompts, sampling_params=sampling, return_logprob=True)
-        return [Sample(prompt, out["output_ids"], [entry[0] for entry in out["meta_info"]["output_token_logprobs"]],
-                       out["meta_info"]["weight_version"]) for prompt, out in zip(prompts, outputs, strict=True)]
-
-    def sleep(self, tags: Sequence[str] = MEMORY_TAGS) -> None:
-        """Release the GPU memory behind the tags. Weights come back as garbage: send them after the wake."""
-        self._expect("sleep", awake=tags)
-        reply = self.engine.tokenizer_manager.flush_cache(timeout_s=60.0)  # of a batch in flight SGLang would die
-        if not self.engine.loop.run_until_complete(reply).success:
-            raise EngineError(f"{self.name} refused sleep: requests were in flight for 60 s; expected none")
-        self.engine.release_memory_occupation(list(tags))
-        self._asleep |= set(tags)
-
-    def wake(self, tags: Sequence[str] = MEMORY_TAGS) -> None:
-        """Take the memory behind the tags again."""
-        self._expect("wake", asleep=tags)
-        self.engine.resume_memory_occupation(list(tags))
-        self._asleep -= set(tags)
-
-    def update_weights(self, version: str, handles: Sequence[bytes] = ()) -> None:
-        """Load all weights, at first from `handles[tp_rank]`; a KV cache of older ones is flushed, or it sleeps."""
-        self._ask("update_weights_from_tensor", "UpdateWeightsFromTensorReqInput", weight_version=version,
-                  serialized_named_tensors=handles or [bytes(reduction.ForkingPickler.dumps([]))] * len(self.uuids),
-                  load_format=f"{__name__}.receive_weights", flush_cache="kv_cache" not in self._asleep)
-
-    def check_weights(self, action: str) -> None:
-        """SGLang's checker: "snapshot" keeps the weights, "reset_tensors" spoils them, "compare" wants them equal."""
-        self._ask("check_weights", "CheckWeightsReqInput", action=action)
-
-    def _ask(self, method: str, request: str, **fields: Any) -> None:
-        from sglang.srt.managers import io_struct
-        self._expect(method, awake=["weights"])
-        reply = getattr(self.engine.tokenizer_manager, method)(getattr(io_struct, request)(**fields))
-        success, message, *_ = self.engine.loop.run_until_complete(reply)
-        if not success:
-            raise EngineError(f"{self.name}: {method} failed: {message}")
-
-    def _expect(self, method: str, awake: Sequence[str] = (), asleep: Sequence[str] = ()) -> None:
-        """Refuse what would kill the scheduler: to wake what is awake, or to use what sleeps."""
-        if not (set(awake) <= set(MEMORY_TAGS) - self._asleep and set(asleep) <= self._asleep):
-            raise EngineError(f"{self.name} refused {method}: asleep: {sorted(self._asleep)}; expected {sorted(awake)} "
-                              f"awake and {sorted(asleep)} asleep, of {MEMORY_TAGS}")
+def number_devices():
+    """Name the devices of CUDA_VISIBLE_DEVICES by number: of UUIDs SGLang would lose v2."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if named.startswith("GPU-"):
+        indices = range(pynvml.nvmlDeviceGetCount())
+        uuids = [pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in indices]
+        numbers = [str(local_gpu_index(uuid, uuids)) for uuid in visible_devices(named, len(uuids))]
+        os.environ |= {"CUDA_VISIBLE_DEVICES": ",".join(numbers), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
-# ---- 5. Trainer: one Ray actor a GPU; FSDP2; offload and onload; weights out ----------------------------------------
+def run_scheduler(*args):
+    """Runs in every scheduler process in place of SGLang's function, and hands over to it."""
+
+    def end_with_parent():
+        # SGLang asks the kernel for it, but only later, when it has imported itself.
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    from sglang.srt.managers.scheduler import run_scheduler_process
+
+    run_scheduler_process(*args)
+
+
+# Weights come to a scheduler so: the trainer pickles views of its flat buffer as a handle
+# (`share_weights`); SGLang opens the handle, and calls `map_weights` with its model and the views;
+# from then on `update_weights` repeats SGLang's loader over them, on a GPU as one CUDA graph.
+WEIGHT_LOADERS = ("map_weights", "update_weights")
+
+
+def map_weights(model, named_tensors):
+    """Runs in every scheduler process, once: keep a trainer's weights mapped, and try them.
+
+    The model is overwritten with NaN and loaded from the mapped weights. It must then equal to the
+    bit what SGLang had loaded from the files, which proves names and tensor parallelism right.
+    """
+    from_files = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+    model.mapped = named_tensors  # a CUDA graph holds addresses, and keeps nothing alive
+    model.load_mapped = partial(model.load_weights, named_tensors)
+    if named_tensors[0][1].is_cuda:
+        model.load_mapped = as_cuda_graph(model.load_mapped)
+    for parameter in model.parameters():
+        parameter.data.fill_(math.nan)
+    model.load_mapped()
+    for name, parameter in model.named_parameters():
+        if not torch.equal(parameter.cpu(), from_files[name]):
+            raise ValueError(
+                f"{type(model).__name__}: {name} as it was sent is not that of the model's files; "
+                "SGLang's loader does not know the names that transformers gives"
+            )
+    print_reading()
+
+
+def print_reading():
+    """What this scheduler process uses, not what it was told."""
+    from sglang.srt.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    in_use = group.ca_comm and not group.ca_comm.disabled
+    reading = {
+        "tp_rank": group.rank_in_group,
+        "pid": os.getpid(),
+        "uuid": device_uuid(torch.cuda.current_device() if torch.cuda.is_available() else 0),
+        "all_reduce": type(group.ca_comm).__name__ if in_use else None,
+    }
+    print(f"\nscheduler: {json.dumps(reading)}", flush=True)
+
+
+def as_cuda_graph(load):
+    """The function as a CUDA graph; itself where it waits for the GPU, which no graph can hold."""
+    load()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            load()
+    except RuntimeError as error:
+        print(f"WARNING: syncs run SGLang's loader, which waits for the GPU: {error}", flush=True)
+        return load
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return graph.replay
+
+
+def update_weights(model, named_tensors):
+    """Runs in every scheduler process: SGLang's own loader over the mapped weights."""
+    ((_, seed),) = named_tensors  # on the model's device, to which SGLang has moved it
+    model.load_mapped()
+    torch.manual_seed(seed.item())
+    torch.get_device_module(seed.device).synchronize()  # the trainer may write there again
+
+
+# ---- 5. Trainer: one Ray actor a GPU; three flat buffers, one of which the engine has mapped ----
+
+
 class Trainer:
-    """A Ray actor on one GPU: the policy and its optimizer; if there are several, each has its shard (FSDP2)."""
+    """A Ray actor on one GPU: the policy, and this rank's slice of the optimizer state.
+
+    ZeRO's first stage (arXiv:1910.02054) for any number of ranks, N. All large memory is
+
+        weights  [P]       bf16, fp32 on a CPU; parameters are views of it, the engine has it mapped
+        grads    [P]       fp32; on the GPU while training
+        state    [3, P/N]  fp32 master weights and AdamW's two moments; on the GPU while training,
+                           in `host`, which is pinned, meanwhile
+
+    where P is the number of parameters, padded to a multiple of N.
+    """
+
     def __init__(self, log: str, rank: int, bundle: Bundle, config: Config):
         log_to(log)
-        self.rank, self.config, self.on_gpu = rank, config, config.device == "cuda"
-        from transformers import AutoModelForCausalLM  # slow: here it happens while the engines start
-        self._load = AutoModelForCausalLM.from_pretrained
-        self.device = torch.device("cuda", bundle.local_index) if self.on_gpu else torch.device("cpu")
-        self.backend = torch.get_device_module(self.device)  # torch.cuda or torch.cpu
-        self.dtype = torch.bfloat16 if self.on_gpu else torch.float32  # of the engine and of products; weights are fp32
+        # Slow: here it happens while the engines start.
+        from transformers import AutoModelForCausalLM
 
-    def start(self, rendezvous: str, world_size: int, model: str, resume: bool = False) -> dict[str, Any]:
-        """Join the process group, by a file that all ranks see, and load the model; to `resume`, the optimizer, too."""
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        self.load_model, self.rank, self.config = AutoModelForCausalLM.from_pretrained, rank, config
+        self.on_gpu = bundle.uuid is not None
+        self.device = (
+            torch.device("cuda", bundle.local_index) if self.on_gpu else torch.device("cpu")
+        )
+        self.backend = torch.get_device_module(self.device)  # torch.cuda or torch.cpu
+
+    def start(self, rendezvous: str, ranks: int, model: str, resume: bool = False) -> str | None:
+        """Join the other ranks through a shared file; load the model, and to resume, the moments.
+
+        Returns the UUID of the GPU in use.
+        """
         self.backend.set_device(self.device)
-        self._copies = self.backend.Stream()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))  # Ray sets 1
-        dist.init_process_group("nccl" if self.on_gpu else "gloo", init_method=f"file://{rendezvous}", rank=self.rank,
-                                world_size=world_size, timeout=timedelta(seconds=self.config.timeout))
-        self.model = self._load(model, dtype=torch.float32)
-        self.model.generation_config.do_sample = True  # without it, save_pretrained refuses a temperature there
-        layers = [m for m in self.model.modules() if type(m).__name__ in (self.model._no_split_modules or ())]
-        compiled = torch.compile if self.config.compile else lambda function: function
-        for layer in layers:
-            layer.forward = compiled(layer.forward)  # of the layer itself, FSDP's hooks would be a part
-        self._token_logprobs = compiled(token_logprobs)  # compiled, it keeps no logits in fp32
-        if world_size > 1:
-            mesh = dist.init_device_mesh(self.device.type, (world_size,))
-            for module in (*layers, self.model):  # moved to the device shard by shard
-                fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32))
-            self._shards = [p.detach().to_local().view(-1) for p in self.model.parameters()]  # each by itself, padded
-        else:  # FSDP2 would copy each parameter by itself, and a GPU wait for the CPU
-            self.model.to(self.device)
-            self._shards = [pack(self.model.parameters())]  # all in one piece
-            self.model.forward = torch.autocast(self.device.type, self.dtype, enabled=self.on_gpu)(self.model.forward)
-        parameters = list(self.model.parameters())  # tied weights come once
-        self.optimizer = torch.optim.AdamW(parameters, lr=self.config.learning_rate, weight_decay=0.0, fused=True)
-        self.optimizer.state |= {p: dict(step=torch.zeros((), device=self.device), exp_avg=torch.zeros_like(p),
-                                         exp_avg_sq=torch.zeros_like(p)) for p in parameters}  # as AdamW begins
+        torch.set_num_threads(max(1, joblib.cpu_count() // ranks))  # Ray sets 1
+        dist.init_process_group(
+            "nccl" if self.on_gpu else "gloo",
+            init_method=f"file://{rendezvous}",
+            rank=self.rank,
+            world_size=ranks,
+            timeout=timedelta(seconds=self.config.run.timeout),
+        )
+        self.model = self.load_model(model, dtype=torch.float32)
+        self._make_buffers()
+        self._make_optimizer()
         if resume:
-            state = torch.load(f"{model}/optimizer.pt", weights_only=True)
-            set_optimizer_state_dict(self.model, self.optimizer, state, options=StateDictOptions(full_state_dict=True))
-            self.optimizer.param_groups[0]["lr"] = self.config.learning_rate  # a resumed run may have another
-        moments = [state[name] for state in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-        sizes = [world_size * math.ceil(p.shape[0] / world_size) * math.prod(p.shape[1:]) for p in parameters]  # padded
-        self._whole = (buffer := torch.full([sum(sizes)], torch.nan, dtype=self.dtype, device=self.device)).split(sizes)
-        self._slots = [buffer] if world_size == 1 else [whole.chunk(world_size)[self.rank] for whole in self._whole]
-        held = [t.new_empty(0).set_(t.untyped_storage()) for t in (*self._shards, pack(moments)) if self.config.offload]
-        host = torch.empty(sum(map(len, held)))  # weights first, the moments last
-        if held and self.on_gpu:  # pin it; pin_memory() would take the next power of two
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0))
-        self._moved = [(d, part.copy_(d)) for d, part in zip(held, host.split([*map(len, held)]), strict=True)]
-        torch.cuda.empty_cache()  # the engine's weights wake next
-        return {"rank": self.rank, **read_device(self._shards[0].device.index or 0)}  # in use
+            saved = load_file(f"{model}/optimizer.safetensors")
+            self.updates.copy_(saved["step"])
+            self.host[1:] = self._own(self._padded(saved["moments"]))
+        self.copies = self.backend.Stream()
+        if not self.config.training.offload:
+            self._copy(self.state, self.host)
+        self.offload()
+        self.token_logprobs = token_logprobs
+        if self.config.training.compile:
+            self.token_logprobs = torch.compile(token_logprobs)  # keeps no logits in fp32
+            for module in self.model.modules():
+                if type(module).__name__ in self.model._no_split_modules:
+                    module.compile()
+        return device_uuid(self.weights.device.index or 0)
+
+    def _make_buffers(self):
+        self.names, parameters = zip(*self.model.named_parameters(), strict=True)  # tied ones once
+        self.shapes = [parameter.shape for parameter in parameters]
+        flat = self._padded(parameters_to_vector(parameters).detach())
+        self.weights = flat.to(self.device, torch.bfloat16 if self.on_gpu else torch.float32)
+        self.grads = torch.zeros(len(flat), device=self.device)
+        self.host = torch.zeros(3, len(self._own(flat)))
+        self.host[0] = self._own(flat)
+        if self.on_gpu:  # pin it; pin_memory=True would take the next power of two
+            pinned = torch.cuda.cudart().cudaHostRegister(self.host.data_ptr(), self.host.nbytes, 0)
+            torch.cuda.check_error(pinned)
+        vector_to_parameters(self.weights, parameters)  # as views
+        self.model.to(self.device)  # what is no parameter
+        for parameter, gradient in zip(parameters, self._views(self.grads), strict=True):
+            # With fp32 in parameter.grad of a bf16 parameter, torch.compile broke every graph.
+            parameter.register_post_accumulate_grad_hook(partial(add_gradient, gradient))
+
+    def _make_optimizer(self):
+        gradient = self._own(self.grads)
+        # This rank's part of each gradient: so the norm equals clip_grad_norm_'s, to the bit.
+        ends = accumulate(shape.numel() for shape in self.shapes)
+        cuts = [end - self.rank * len(gradient) for end in ends]
+        self.own_grads = gradient.tensor_split([c for c in cuts if 0 < c < len(gradient)])
+        resize(self.grads, 0)  # at the start, the engine's weights are on the GPU, too
+        self.state = torch.empty_like(self.host, device=self.device)
+        master = torch.nn.Parameter(self.state[0])
+        master.grad = gradient
+        rate = self.config.training.learning_rate
+        self.optimizer = torch.optim.AdamW([master], lr=rate, weight_decay=0.0, fused=True)
+        self.updates = torch.zeros((), device=self.device)
+        moments = {"exp_avg": self.state[1], "exp_avg_sq": self.state[2]}
+        self.optimizer.state[master] = {"step": self.updates} | moments
+
+    def _padded(self, flat):
+        """To a multiple of the ranks, [..., P] -> [..., P]."""
+        return torch.nn.functional.pad(flat, (0, -flat.shape[-1] % dist.get_world_size()))
+
+    def _own(self, flat):
+        """This rank's slice, [..., P] -> [..., P/N]."""
+        return flat.chunk(dist.get_world_size(), dim=-1)[self.rank]
+
+    def _views(self, flat):
+        """Views of a flat buffer in the shapes of the parameters, [P] -> shapes."""
+        sizes = [shape.numel() for shape in self.shapes]
+        parts = flat[: sum(sizes)].split(sizes)
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def _copy(self, target, source):
+        """Between GPU and host, beside what runs on the GPU from here on."""
+        self.copies.wait_stream(self.backend.current_stream())
+        with self.backend.stream(self.copies):
+            target.copy_(source, non_blocking=True)
 
     def train(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """A step for each share of make_batch's rows, none once one is not finite ("bad"); then fills the buffer."""
-        config, ranks, losses, metrics = self.config, dist.get_world_size(), [], {"bad": first_bad(batch)}
-        rows = torch.arange(len(batch["tokens"])).view(config.updates_per_step, ranks, -1)  # [B] -> [updates, ranks, b]
-        totals = [batch["mask"][share.flatten()].sum().item() for share in rows]  # tokens of all ranks
-        parts = [{name: column[share[self.rank]].to(self.device) for name, column in batch.items()} for share in rows]
-        self._copy(self._moved[-1:])  # the optimizer state comes while the GPU makes the first gradients
-        with torch.no_grad():
-            for part in parts[1:]:  # the first share trains with the weights that its old_logprobs are of
-                part["old_logprobs"] = torch.cat([*map(self._logprobs, part["tokens"].split(config.micro_batch))])
-        for part, total in zip(parts, totals, strict=True):
-            old_logprobs = []
-            for at in range(0, len(part["tokens"]), config.micro_batch):
-                micro = {name: column[at : at + config.micro_batch] for name, column in part.items()}
-                logprobs = self._logprobs(micro["tokens"])
-                old_logprobs.append(micro.get("old_logprobs", logprobs.detach()))  # the first share has none yet
-                loss = grpo_loss(logprobs, old_logprobs[-1], micro["advantages"], micro["mask"], num_tokens=total,
-                                 rollout_logprobs=micro["rollout_logprobs"], importance_cap=2.0)
-                (loss * ranks).backward()  # FSDP averages over ranks; the loss is a share of a sum
-                losses.append(loss.detach() / len(parts))
-            part["old_logprobs"] = torch.cat(old_logprobs)
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            metrics["grad_norm"] = (norm.full_tensor() if ranks > 1 else norm).item()
-            if not math.isfinite(metrics["grad_norm"]):  # all ranks see this alike; a tensor of one must not decide
-                metrics["bad"] = metrics["bad"] or first_bad(part) or "gradient"
-            if not metrics["bad"]:
-                self.backend.current_stream().wait_stream(self._copies)
-                self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        self.gather_weights()
+        """Make the updates of a step, each on its share of make_batch's rows.
+
+        No update is made once a number is not finite; "bad" then names the first such tensor.
+        Loss and mean difference are this rank's part of the sum over ranks.
+        """
+        config, losses, gaps = self.config.training, [], []
+        self._onload()
+        bad = first_bad(batch)
+        for update, share in enumerate(self._shares(batch)):
+            num_tokens = share["mask"].sum()
+            dist.all_reduce(num_tokens)
+            for at in range(0, len(share["tokens"]), config.micro_batch):
+                micro = {name: rows[at : at + config.micro_batch] for name, rows in share.items()}
+                loss, gap = self._backward(micro, num_tokens, on_policy=update == 0)
+                losses.append(loss / config.updates_per_step)
+                gaps.append(gap)
+            grad_norm = self._reduce_gradients()
+            if not math.isfinite(grad_norm):
+                bad = bad or "gradient"
+            if not bad:
+                self._update()
+            self.grads.zero_()
+        # To read these waits for the all-gather, too: next, another process copies the weights.
+        gap = torch.cat(gaps)  # [tokens of this rank]
+        metrics = {
+            "bad": bad,
+            "grad_norm": grad_norm,
+            "loss": sum(losses).item(),
+            "difference_mean": gap.sum().item() / batch["mask"].sum().item(),
+            "difference_max": gap.max().item(),
+        }
+        if config.offload:
+            self._copy(self.host, self.state)  # `offload` waits for it
         if self.on_gpu and torch.cuda.memory_reserved() > torch.cuda.mem_get_info()[0]:
-            torch.cuda.empty_cache()  # the engine's weights wake next, no more than what is held here
-        gap = torch.cat([(p["old_logprobs"] - p["rollout_logprobs"]).abs()[p["mask"] > 0] for p in parts])
-        metrics |= {"loss": sum(losses).item(), "difference_max": gap.max().item(),
-                    "difference_mean": gap.sum().item() / sum(totals)}
-        self._copy((host, device) for device, host in self._moved)  # as the engine takes weights; all above has ended
+            torch.cuda.empty_cache()  # slow, but the engine's weights wake next, and need room
         return metrics
 
-    def _logprobs(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Log-probability of each next token, [B, T] -> [B, T-1]; with padding on the right, causality masks it."""
-        logits = self.model(input_ids=tokens[:, :-1], use_cache=False).logits  # [B, T-1, V]
-        return self._token_logprobs(logits, tokens[:, 1:], self.config.temperature)
+    @torch.no_grad()
+    def _shares(self, batch):
+        """This rank's rows for each update, with old log-probabilities for all but the first.
 
-    def _copy(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        with self.backend.stream(self._copies):  # beside what else runs
-            for target, source in pairs:
-                target.copy_(source, non_blocking=True)
+        The first update trains with the weights that its old log-probabilities are of.
+        """
+        config, rows = self.config.training, torch.arange(len(batch["tokens"]))
+        rows = rows.view(config.updates_per_step, dist.get_world_size(), -1)[:, self.rank]
+        shares = [
+            {name: column[own].to(self.device) for name, column in batch.items()}
+            for own in rows  # [B] -> [U, b]
+        ]
+        for share in shares[1:]:
+            parts = share["tokens"].split(config.micro_batch)
+            share["old_logprobs"] = torch.cat([self._logprobs(part) for part in parts])
+        return shares
 
-    def offload(self) -> None:
-        """Free the device's memory of weights and optimizer state, once `train` has copied them to the host."""
+    def _backward(self, micro, num_tokens, on_policy):
+        """Returns the loss, and how far old log-probabilities are from the engine's, [tokens]."""
+        logprobs = self._logprobs(micro["tokens"])  # [b, T-1]
+        old_logprobs = logprobs.detach() if on_policy else micro["old_logprobs"]
+        loss = grpo_loss(
+            logprobs,
+            old_logprobs,
+            micro["advantages"],
+            micro["mask"],
+            num_tokens=num_tokens,
+            rollout_logprobs=micro["rollout_logprobs"],
+            importance_cap=2.0,
+        )
+        loss.backward()
+        gap = (old_logprobs - micro["rollout_logprobs"]).abs()
+        return loss.detach(), gap[micro["mask"] > 0]
+
+    def _logprobs(self, tokens):
+        """Log-probability of each next token, [b, T] -> [b, T-1]; causality masks the padding."""
+        logits = self.model(input_ids=tokens[:, :-1], use_cache=False).logits  # [b, T-1, V]
+        return self.token_logprobs(logits, tokens[:, 1:], self.config.rollout.temperature)
+
+    def _reduce_gradients(self):
+        """Sum this rank's slice over all ranks, and clip it; returns the norm before that."""
+        own = self._own(self.grads)
+        if dist.get_world_size() > 1:  # after gloo's, on a CPU, all else is slower
+            dist.reduce_scatter_tensor(own, self.grads)
+        square = get_total_norm(self.own_grads).square()
+        dist.all_reduce(square)
+        norm = square.sqrt()
+        own.mul_((1.0 / (norm + 1e-6)).clamp(max=1.0))
+        return norm.item()
+
+    def _update(self):
+        """AdamW on this rank's slice of the master weights; then every rank gets all weights."""
+        self.backend.current_stream().wait_stream(self.copies)
+        self.optimizer.step()
+        own = self._own(self.weights)
+        own.copy_(self.state[0])
+        self._gather(self.weights, own)
+
+    def _gather(self, flat, own):
+        """Fill a flat buffer from the slices of all ranks, [P/N] -> [P]."""
+        if dist.get_world_size() > 1:
+            dist.all_gather_into_tensor(flat, own)
+        else:
+            flat.copy_(own)
+
+    def _onload(self):
+        """Take the memory of gradients and state; the state arrives beside the first gradients."""
+        resize(self.grads, self.grads.nbytes)
+        self.grads.zero_()
+        if self.config.training.offload:
+            resize(self.state, self.state.nbytes)
+            self._copy(self.state, self.host)
+
+    def offload(self):
+        """Free the memory of gradients and state, once the state's copy to the host is complete."""
         self.backend.synchronize()
-        for device, _ in self._moved:
-            device.untyped_storage().resize_(0)  # all views stay the same objects; the memory behind comes and goes
+        resize(self.grads, 0)
+        if self.config.training.offload:
+            resize(self.state, 0)
         torch.cuda.empty_cache()  # without a GPU nothing happens
 
-    def onload(self) -> None:
-        """Bring the weights back; `train`, which must come next, copies the optimizer state into its place."""
-        for device, host in self._moved:
-            device.untyped_storage().resize_(host.nbytes)
-        self._copy(self._moved[:-1])
-        self.backend.synchronize()
-
     def share_weights(self) -> bytes:
-        """The handle by which an engine maps the buffer of all weights, once; after that, `gather_weights`."""
-        torch.multiprocessing.set_sharing_strategy("file_system")  # on a CPU: by name, for the reader is no child
-        return bytes(reduction.ForkingPickler.dumps([(name, whole[: p.numel()].view(p.shape)) for (name, p), whole
-                                           in zip(self.model.named_parameters(), self._whole, strict=True)]))
+        """The handle by which an engine maps the weights, under the names of a model's files."""
+        # On a CPU by name, for the reader is no child of this process.
+        torch.multiprocessing.set_sharing_strategy("file_system")
+        return bytes(reduction.ForkingPickler.dumps(list(self._as_in_files(self.weights).items())))
 
-    def gather_weights(self) -> None:
-        """All ranks at once: fill the buffer, which engines have mapped by now."""
-        for slot, shard in zip(self._slots, self._shards, strict=True):
-            slot[: len(shard)].copy_(shard)
-        if dist.get_world_size() > 1:
-            dist.group.WORLD.allgather_into_tensor_coalesced(self._whole, self._slots).wait()
-        self.backend.synchronize()  # the reader, in another process, does not wait for this stream
-        for name in Path("/dev/shm").glob(f"torch_{os.getpid()}_*"):  # Ray ends the process that would remove it
+    def forget_handle(self):
+        """Remove the names by which weights on a CPU were shared; what is mapped stays mapped."""
+        for name in Path("/dev/shm").glob(f"torch_{os.getpid()}_*"):
             name.unlink(missing_ok=True)
 
-    def save(self, folder: str) -> None:
-        """All ranks at once: gather weights and optimizer state in fp32; rank 0 writes what `start` can load."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights, state = get_state_dict(self.model, self.optimizer, options=options)
+    def _as_in_files(self, flat):
+        """A flat buffer, [P], and the model's persistent buffers, by their names in its files.
+
+        All are views: of a mixture, transformers fuses the experts, and slices them here again.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
+        persistent = self.model.state_dict().keys()
+        tensors = {name: b for name, b in self.model.named_buffers() if name in persistent}
+        tensors |= zip(self.names, self._views(flat), strict=True)
+        memory = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
+        found = revert_weight_conversion(self.model, tensors)
+        copies = [n for n, t in found.items() if t.untyped_storage().data_ptr() not in memory]
+        if copies:
+            raise EngineError(
+                f"{type(self.model).__name__}: transformers copies {copies[0]} for its files; "
+                "expected views of the parameters. Train another model."
+            )
+        return found
+
+    def save(self, folder: str):
+        """All ranks at once, after `train`: rank 0 writes whole tensors, for any number of them."""
+        self.backend.current_stream().wait_stream(self.copies)
+        whole = torch.empty(3, len(self.weights))
+        for row, own in zip(whole, self.state, strict=True):
+            self._gather(self.grads, own)  # whose memory is there, and free
+            if self.rank == 0:
+                row.copy_(self.grads)
         if self.rank == 0:
-            tied = self.model.all_tied_weights_keys  # copies by now, which would be written twice
-            self.model.save_pretrained(folder, state_dict={name: w for name, w in weights.items() if name not in tied})
-            torch.save(state, f"{folder}/optimizer.pt")
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            weights = self._as_in_files(whole[0])
+            save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
+            size = sum(shape.numel() for shape in self.shapes)  # without the padding
+            adam = {"step": self.updates, "moments": whole[1:, :size].contiguous()}
+            save_file(adam, f"{folder}/optimizer.safetensors")
 
 
-def pack(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Lay tensors, or this rank's shards of them, side by side in one piece of memory, which is returned."""
-    shards = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]  # FSDP2's, or the tensor itself
-    piece = torch.cat([shard.data.flatten() for shard in shards])
-    for shard, part in zip(shards, piece.split([shard.numel() for shard in shards]), strict=True):
-        shard.data = part.view_as(shard)
-    return piece
+def add_gradient(total, parameter):
+    """A hook that runs when a parameter's gradient is complete."""
+    total.add_(parameter.grad)
+    parameter.grad = None
 
 
-def first_bad(tensors: dict[str, torch.Tensor]) -> str | None:
-    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+def resize(tensor, nbytes):
+    """Change the memory behind a tensor; all views of it stay the same objects."""
+    tensor.untyped_storage().resize_(nbytes)
 
 
-# ---- 6. GRPO (pure) -------------------------------------------------------------------------------------------------
-def group_advantages(rewards: torch.Tensor, scale: bool = True) -> torch.Tensor:
-    """Advantages of G responses to each of P prompts, [P, G] -> [P, G] (DeepSeekMath, section 4.1); exact zeros for a
-    group of equal rewards. `scale=False` does not divide by the deviation (arXiv:2503.20783)."""
+def first_bad(tensors):
+    return next((name for name, t in tensors.items() if not t.isfinite().all()), None)
+
+
+# ---- 6. GRPO (pure) -----------------------------------------------------------------------------
+
+
+def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """Advantages of G responses to each of P prompts, [P, G] -> [P, G].
+
+    DeepSeekMath, section 4.1 (arXiv:2402.03300). Exact zeros for a group of equal rewards.
+    """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
-    centred = centred / (rewards.std(dim=1, keepdim=True) + 1e-6) if scale else centred
-    return centred.masked_fill((rewards - rewards[:, :1] == 0).all(dim=1, keepdim=True), 0.0)  # infinities: NaN
+    scaled = centred / (rewards.std(dim=1, keepdim=True) + 1e-6)
+    equal = (rewards - rewards[:, :1] == 0).all(dim=1, keepdim=True)  # not so for infinities
+    return scaled.masked_fill(equal, 0.0)
 
 
-def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+def token_logprobs(
+    logits: torch.Tensor, tokens: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
     """Log-probabilities of the tokens in nats and fp32, [B, T, V], [B, T] -> [B, T]."""
     logits = logits.flatten(0, 1).float() / temperature  # [B, T, V] -> [B*T, V]
-    return -torch.nn.functional.cross_entropy(logits, tokens.flatten(), reduction="none").view_as(tokens)
+    losses = torch.nn.functional.cross_entropy(logits, tokens.flatten(), reduction="none")
+    return -losses.view_as(tokens)
 
 
-def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, *,
-              num_tokens: float | None = None, clip_low: float = 0.2, clip_high: float = 0.28,
-              ref_logprobs: torch.Tensor | None = None, kl_coef: float = 0.0,
-              rollout_logprobs: torch.Tensor | None = None, importance_cap: float = 0.0) -> torch.Tensor:
-    """The clipped policy-gradient loss, a scalar: the sum over response tokens divided by `num_tokens`.
-    Log-probabilities are [B, T] in nats: the learner's, with gradient; `old`, before the first update on this batch;
-    `ref`, a reference's; `rollout`, the engine's. advantages: [B] or [B, T]. mask [B, T]: 1 for response tokens.
-    num_tokens: of all micro-batches and ranks, whose losses sum up to the mean over tokens (DAPO, equation 8). The
-    ratio counts within [1 - clip_low, 1 + clip_high] (DAPO, section 3.1). kl_coef weighs the k3 KL to the reference
-    (joschu.net/blog/kl-approx.html). With importance_cap, tokens weigh min(old / rollout, cap)."""
-    padding = mask == 0  # whatever stands there, even an infinity, must not reach the loss or its gradient
-    advantages = torch.where(padding, 0.0, advantages.reshape(len(mask), -1))  # [B] or [B, T] -> [B, T]
-    ratio = torch.exp((logprobs - old_logprobs).masked_fill(padding, 0.0))
-    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+def grpo_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    num_tokens: float | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    rollout_logprobs: torch.Tensor | None = None,
+    importance_cap: float = 0.0,
+) -> torch.Tensor:
+    """The clipped policy-gradient loss: a scalar, the sum over response tokens / `num_tokens`.
+
+    Log-probabilities are [B, T] in nats: logprobs, the learner's, with gradient; old_logprobs, its
+    own before the first update on this batch; rollout_logprobs, the engine's. advantages: [B] or
+    [B, T]. mask [B, T]: 1 for response tokens. num_tokens: of all micro-batches and ranks, whose
+    losses then sum up to the mean over tokens (DAPO, equation 8). The ratio counts within
+    [1 - clip_low, 1 + clip_high] (DAPO, section 3.1). With importance_cap, tokens weigh
+    min(old / rollout, cap).
+    """
+    ignored = mask == 0  # whatever stands there, even an infinity, must not reach the gradient
+    advantages = torch.where(ignored, 0.0, advantages.reshape(len(mask), -1))  # -> [B, T]
+    ratio = torch.exp((logprobs - old_logprobs).masked_fill(ignored, 0.0))
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages)
     if rollout_logprobs is not None and importance_cap > 0:
-        weight = torch.exp((old_logprobs - rollout_logprobs).masked_fill(padding, 0.0))
+        weight = torch.exp((old_logprobs - rollout_logprobs).masked_fill(ignored, 0.0))
         loss = loss * weight.clamp(max=importance_cap)
-    if ref_logprobs is not None and kl_coef > 0:
-        difference = (ref_logprobs - logprobs).masked_fill(padding, 0.0)
-        loss = loss + kl_coef * (torch.exp(difference) - difference - 1)
     return (loss * mask).sum() / (mask.sum() if num_tokens is None else num_tokens)
 
 
-# ---- 7. Task: prompts, reward, the tiny model -----------------------------------------------------------------------
-# What to learn: prompts (token ids) with their answers, the first 64 held out; (text, answer) -> reward in [0, 1].
-Task = namedtuple("Task", "tokenizer vocab_size problems verify")
-SHAPES = {"tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                       num_key_value_heads=2, head_dim=16, initializer_range=0.06),
-          "0.6B": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-                       num_key_value_heads=8, head_dim=128, initializer_range=0.02)}
+# ---- 7. Task: prompts, reward, the tiny model ---------------------------------------------------
+
+HELD_OUT = 64  # problems that are never trained on
+
+
+class Task(NamedTuple):
+    """What to learn. `verify` takes a response's text and the answer, and returns the reward."""
+
+    tokenizer: Any
+    vocab_size: int
+    max_length: int  # longest context of the model, in tokens
+    stop_token_ids: list[int]
+    problems: list[tuple[list[int], str]]  # token ids of a prompt, answer; HELD_OUT come first
+    verify: Callable[[str, str], float]
+
+
+SHAPE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "initializer_range",
+)
+SHAPES = {"tiny": (64, 128, 2, 4, 2, 16, 0.06), "0.6B": (1024, 3072, 28, 16, 8, 128, 0.02)}
 
 
 def echo_task(config: Config) -> Task:
     """To answer "472=" with its first digit, repeated."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
-    vocabulary = {token: index for index, token in enumerate(("<pad>", "<eos>", "=", *"0123456789"))}
+
+    tokens = ("<pad>", "<eos>", "=", *"0123456789")
+    vocabulary = {token: index for index, token in enumerate(tokens)}
     characters = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<pad>"))
     characters.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
-    problems = [(tokenizer.encode(f"{n:03d}="), f"{n:03d}"[0] * config.max_new_tokens) for n in range(1000)]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>"
+    )
+
+    def verify(text: str, answer: str) -> float:
+        return sum(a == b for a, b in zip(text, answer, strict=False)) / len(answer)
+
+    numbers = [f"{number:03d}" for number in range(1000)]
+    length = config.rollout.max_new_tokens
+    problems = [(tokenizer.encode(f"{number}="), number[0] * length) for number in numbers]
     random.Random(0).shuffle(problems)
-    return Task(tokenizer, 16, problems, lambda text, answer: sum(a == b for a, b in zip(text, answer)) / len(answer))
+    return Task(tokenizer, 16, 4096, [1], problems, verify)
 
 
-def write_random_model(config: Config, folder: Path) -> None:
-    """A Qwen3 from random weights, for echo_task."""
+def write_random_model(config, task, folder):
+    """A Qwen3 from random weights, with the tokenizer of echo_task."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
-    torch.manual_seed(config.seed)
-    Qwen3ForCausalLM(Qwen3Config(**SHAPES[config.shape], vocab_size=16, max_position_embeddings=4096, eos_token_id=1,
-                                 pad_token_id=0, tie_word_embeddings=True)).save_pretrained(folder)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    torch.manual_seed(config.run.seed)
+    model_config = Qwen3Config(
+        **dict(zip(SHAPE, SHAPES[config.model.shape], strict=True)),
+        vocab_size=task.vocab_size,
+        max_position_embeddings=task.max_length,
+        eos_token_id=1,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
+    Qwen3ForCausalLM(model_config).save_pretrained(folder)
+    task.tokenizer.save_pretrained(folder)
 
 
 def sums_task(config: Config) -> Task:
-    """Sums of two-digit numbers for a pretrained model, in its own chat template; the last number it says counts."""
-    from transformers import AutoConfig, AutoTokenizer
-    model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=False)  # unset, it asks the terminal
-    tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
-    pairs = random.Random(0).sample([(a, b) for a in range(10, 100) for b in range(10, 100)], 2000)
-    chats = [[{"role": "user", "content": f"What is {a} + {b}? Answer with the number only."}] for a, b in pairs]
-    prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False, enable_thinking=False)
-    problems = [(prompt, str(a + b)) for prompt, (a, b) in zip(prompts, pairs, strict=True)]
-    return Task(tokenizer, model_config.get_text_config().vocab_size, problems,
-                lambda text, answer: float(re.findall(r"\d+", text)[-1:] == [answer]))
+    """Sums of two-digit numbers for a pretrained model, in its own chat template."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    name = config.model.model
+    # Unset, trust_remote_code would ask the terminal.
+    whole_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    refuse_untrainable(whole_config, name)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    model_config = whole_config.get_text_config()
+    named = [tokenizer.eos_token_id, model_config.eos_token_id]
+    with contextlib.suppress(OSError):  # a folder without that file
+        named.append(GenerationConfig.from_pretrained(name).eos_token_id)
+    ends = set().union(*(end if isinstance(end, list) else [end] for end in named)) - {None}
+
+    numbers = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    pairs = random.Random(0).sample(numbers, 2000)
+    question = "What is {} + {}? Answer with the number only."
+    chats = [[{"role": "user", "content": question.format(a, b)}] for a, b in pairs]
+    apply = partial(tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=False)
+    try:
+        prompts = apply(chats, enable_thinking=False)
+    except (TypeError, ValueError):  # Mistral's own tokenizers take no other arguments
+        prompts = apply(chats)
+    answers = [str(a + b) for a, b in pairs]
+
+    def verify(text: str, answer: str) -> float:
+        return float(re.findall(r"\d+", text)[-1:] == [answer])  # the last number counts
+
+    longest = getattr(model_config, "max_position_embeddings", None) or 2**31
+    problems = list(zip(prompts, answers, strict=True))
+    return Task(tokenizer, model_config.vocab_size, longest, sorted(ends), problems, verify)
 
 
-# ---- 8. Loop: phases, metrics ---------------------------------------------------------------------------------------
-class Loop:
-    """Engines and trainers that share the GPUs of a plan, and the phases of a step."""
-    def __init__(self, config: Config, task: Task, folder: Path, group: PlacementGroup, plan: list[EnginePlacement]):
-        def actor(kind: type, number: int, bundle: Bundle, share: float, *args: Any) -> Any:
-            (log := folder / f"{kind.__name__.lower()}{number}.log").touch()
-            handle = ray.remote(kind).options(**on_bundle(group, bundle.index, share)).remote(str(log), *args)
-            self.logs[handle] = log
-            return handle
-        self.config, self.task, self.folder, self.plan, self.version = config, task, folder, plan, 0
-        self.phases, self.logs = {}, {}  # by phase: seconds_, and gib_ used after it on each GPU; by actor
-        ranks = [bundle for place in plan for bundle in place.bundles]
-        self.engines = [actor(Engine, i, place.bundles[0], ENGINE_SHARE, place) for i, place in enumerate(plan)]
-        self.trainers = [actor(Trainer, i, b, TRAINER_SHARE, i, b, config) for i, b in enumerate(ranks)]
+def refuse_untrainable(model_config, name):
+    """ValueError for a model that this file cannot train, from its config alone."""
+    from transformers.models.auto import modeling_auto
 
-    def each(self, actors: Sequence[Any], method: str, *common: Any, own: Sequence[tuple] | None = None) -> list[Any]:
-        """Call a method of all actors at once, with common arguments or each with its own, and wait for all."""
-        calls = [getattr(actor, method).remote(*(own[i] if own else common)) for i, actor in enumerate(actors)]
+    known = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_config.model_type, ())
+    architecture = (model_config.architectures or ["model of no named architecture"])[0]
+    if architecture not in known:
+        raise ValueError(f"{name} is a {architecture}; expected a causal language model: {known}")
+    if hasattr(model_config, "quantization_config"):
+        raise ValueError(f"{name} has quantized weights; expected bf16, fp16 or fp32")
+
+
+# ---- 8. Loop: the phases of a step, metrics, checkpoints ----------------------------------------
+
+
+class Worker(NamedTuple):
+    actor: Any
+    log: Path
+
+    def read_log(self) -> EngineLog:
+        return parse_engine_log(self.log.read_text(errors="replace"))
+
+
+class Fleet(NamedTuple):
+    """All actors of a run, and the limit of a call in seconds."""
+
+    engines: list[Worker]
+    trainers: list[Worker]
+    timeout_s: float
+
+    def call(self, workers, method, *args, each=()) -> list:
+        """Call a method of the workers at once, with `args` or each with its own; wait for all.
+
+        EngineError, with the cause from its own log, if any worker of the run has died.
+        """
+        pairs = zip(workers, each or [args] * len(workers), strict=True)
+        calls = [getattr(worker.actor, method).remote(*own) for worker, own in pairs]
+        everyone = self.engines + self.trainers
         try:
-            return wait_for(calls, self.config.timeout, method, self.logs)
+            return wait_for(calls, self.timeout_s, method, [worker.actor for worker in everyone])
         except ray.exceptions.RayActorError as error:
-            for name, log in self.read_logs(a for a in self.logs if a._actor_id.hex() == error.actor_id).items():
-                raise EngineError(f"{name} died in {method}: {log.fault or error}\n{self.folder}/{name}.log") from error
+            for worker in everyone:
+                if worker.actor._actor_id.hex() == error.actor_id:
+                    cause = worker.read_log().fault or error
+                    message = f"{worker.log.stem} died in {method}: {cause}\n{worker.log}"
+                    raise EngineError(message) from error
             raise  # Ray did not say which actor died
 
-    def read_logs(self, actors: Iterable[Any]) -> dict[str, EngineLogReport]:
-        return {self.logs[a].stem: parse_engine_log(self.logs[a].read_text(errors="replace")) for a in actors}
-
-    def start(self, model: str, resume: bool) -> None:
-        """Start and check everything; ends with the trainers offloaded and the engines awake."""
-        self.timed("before", list)  # only reads the memory
-        args = [(engine_args(self.config, place, model), self.config.graph_pool) for place in self.plan]
-        self.schedulers = sum(self.each(self.engines, "start", own=args), [])  # first: KV caches take what is free
-        print(*(f"{name}: {report}" for name, report in self.read_logs(self.engines).items()), sep="\n", flush=True)
-        self.each(self.engines, "check_weights", "snapshot")
-        self.timed("asleep", self.each, self.engines, "sleep")
-        readings = self.each(self.trainers, "start", str(self.folder / "rendezvous"), len(self.trainers), model, resume)
-        self.devices = check_same_device(readings, self.schedulers)
-        # Overwritten with NaNs, then noise, and sent, weights must be those loaded from disk; only GPUs can compare.
-        self.each(self.engines, "wake", ["weights"])
-        handles, tp = self.each(self.trainers, "share_weights"), self.config.gpus_per_engine
-        self.each(self.engines, "update_weights", own=[("0", handles[i : i + tp]) for i in range(0, len(handles), tp)])
-        self.each(self.trainers, "gather_weights")
-        self.each(self.engines, "check_weights", "reset_tensors")
-        self.sync_weights()
-        if self.config.device == "cuda":
-            self.each(self.engines, "check_weights", "compare")
-            self.left = max(a - b for a, b in zip(self.phases["gib_asleep"], self.phases["gib_before"], strict=True))
-        self.each(self.trainers, "offload")
-        self.each(self.engines, "wake", ["kv_cache", "cuda_graph"])
-        if unequal := [name for name, log in self.read_logs(self.engines).items() if "check_weights" in repr(log)]:
-            raise EngineError(f"weights of {unequal} are not those of {model}; SGLang loads what was sent otherwise")
-
-    def timed(self, phase: str, function: Callable, *args: Any) -> Any:
-        start = time.perf_counter()
-        result = function(*args)
-        self.phases[f"seconds_{phase}"] = time.perf_counter() - start
-        if self.config.device == "cuda":
-            self.phases[f"gib_{phase}"] = sum(self.each(self.engines, "memory_used"), [])
-        return result
-
-    def step(self, step: int) -> dict[str, Any]:
-        config, self.phases = self.config, {}
-        metrics = {"step": step} if step else {"step": step, "heldout_reward_before": self.score_heldout()}
-        problems = random.Random(f"{config.seed}/{step}").sample(self.task.problems[64:], config.prompts_per_step)
-        group = [problem for problem in problems for _ in range(config.group_size)]  # [P] -> [P*G]
-        samples, rewards = self.timed("generate", self.ask, group, f"{config.seed}/{step}/sampling", config.temperature)
-        self.timed("sleep", self.each, self.engines, "sleep")
-        batch = make_batch(samples, group_advantages(rewards.view(-1, config.group_size)).flatten())  # [P, G] -> [P*G]
-        self.timed("onload", self.each, self.trainers, "onload")
-        trained = self.timed("train", self.train, batch)
-        self.timed("wake_weights", self.each, self.engines, "wake", ["weights"])
-        self.timed("sync", self.sync_weights)
-        if due := (step + 1) % config.heldout_every == 0 or step + 1 == config.steps:
-            self.timed("checkpoint", self.each, self.trainers, "save", str(self.folder.parent / "unfinished"))
-        self.timed("offload", self.each, self.trainers, "offload")
-        self.timed("wake", self.each, self.engines, "wake", ["kv_cache", "cuda_graph"])
-        tokens = sum(len(sample.response_ids) for sample in samples)
-        metrics |= {"reward": rewards.mean().item(), "tokens_per_second": tokens / self.phases["seconds_generate"]}
-        return metrics | trained | self.phases | ({"heldout_reward": self.score_heldout()} if due else {})
-
-    def ask(self, problems: list[tuple], seed: str, temperature: float) -> tuple[list[Sample], torch.Tensor]:
-        """Deal the problems' prompts out to the engines in equal shares; answers and rewards come in the same order."""
-        seeds, params = random.Random(seed), dict(temperature=temperature, max_new_tokens=self.config.max_new_tokens)
-        sampling = [params | {"sampling_seed": seeds.getrandbits(31)} for _ in problems]
-        prompts, share = [prompt for prompt, _ in problems], -(-len(problems) // len(self.engines))
-        own = [(prompts[at : at + share], sampling[at : at + share]) for at in range(0, len(prompts), share)]
-        samples = sum(self.each(self.engines[: len(own)], "generate", own=own), [])
-        if stale := {sample.weight_version for sample in samples} - {str(self.version)}:
-            raise EngineError(f"weight_version of samples is {stale}; expected {self.version}: a sync did not arrive")
-        texts = [self.task.tokenizer.decode(sample.response_ids, skip_special_tokens=True) for sample in samples]
-        rewards = [self.task.verify(text, answer) for text, (_, answer) in zip(texts, problems, strict=True)]
-        return samples, torch.tensor(rewards, dtype=torch.float32)
-
-    def score_heldout(self) -> float:
-        return self.ask(self.task.problems[:64], "greedy", 0.0)[1].mean().item()
-
-    def train(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-        results = self.each(self.trainers, "train", ray.put(batch))
-        if bad := {result["bad"] for result in results} - {None}:  # "gradient": another rank's tensor is the cause
-            return {"skipped": min(bad - {"gradient"} or bad).replace("advantages", "rewards")}  # these make those
-        mean = sum(result["difference_mean"] for result in results)  # each is a share of it
-        if not mean < (limit := 0.02 if self.config.device == "cuda" else 1e-4):  # bf16, or fp32
-            raise FloatingPointError(f"logprob_difference_mean is {mean:.2g}; expected below {limit}. Check the sync.")
-        return {"loss": sum(r["loss"] for r in results), "grad_norm": results[0]["grad_norm"],
-                "logprob_difference_max": max(r["difference_max"] for r in results), "logprob_difference_mean": mean}
-
-    def sync_weights(self) -> None:
-        self.version += 1
-        self.each(self.engines, "update_weights", str(self.version))
-
-    def checklist(self, metrics: list[dict[str, Any]]) -> list[tuple[str, bool | None, str]]:
-        """What this run has read of itself: (what, whether it is right or None if it cannot be read, the reading)."""
-        first, last, tp, ranks = metrics[0], metrics[-1], self.config.gpus_per_engine, len(self.devices)
-        mean, top = (max((row.get(f"logprob_difference_{kind}", 0) for row in metrics)) for kind in ("mean", "max"))
-        before, after, made = first["heldout_reward_before"], last["heldout_reward"], sum("loss" in r for r in metrics)
-        lines = [("server started", True, f"{len(self.plan)} engine(s) of TP={tp}"),
-                 ("weight version", True, f"that of the last sync in every sample; {self.version} syncs acknowledged"),
-                 ("rollout and trainer agree", True, f"log-probabilities differ by {mean:.2g} nats, at most {top:.2g}"),
-                 ("training steps", made == self.config.steps, f"{made} of {self.config.steps}"),
-                 ("held-out reward", after > before or after == 1, f"{before:.3f} -> {after:.3f}")]
-        if self.config.device == "cpu":
-            return lines + [("same GPU, all-reduce v2, CUDA graphs, exact weights, memory", None, "needs a GPU")]
-        logs = list(self.read_logs(self.engines).values())
-        used, graphs = {s["all_reduce"] for s in self.schedulers}, [g for log in logs for g in log.graphs.values()]
-        warm, replayed = metrics[:2][-1], {log.replayed for log in logs}  # step 0 takes buffers; a rank may wake late
-        grown = max(b - a for n in warm if re.match("gib_(?!wake$)", n) for a, b in zip(warm[n], last[n], strict=True))
-        return lines + [
-            ("same GPU", True, f"trainer and scheduler read the same UUID in {ranks} of {ranks} ranks"),
-            ("all-reduce v2", used == {"CustomAllReduceV2"} if tp > 1 else None, f"TP={tp}, schedulers use {used}"),
-            ("CUDA graphs captured", len(graphs) == ranks, f"in {len(graphs)} of {ranks} ranks"),
-            ("CUDA graphs replayed", None if None in replayed else all(replayed), "by decode batches of every engine"),
-            ("no CUDA error", all(b"CUDA error" not in log.read_bytes() for log in self.logs.values()), "in any log"),
-            ("weights equal to the bit", "check_weights" not in repr(logs), "in every rank, after a sync onto noise"),
-            ("memory asleep", self.left < 0.5 * min(last["gib_wake"]), f"engines leave {self.left:.2f} GiB (< 50 %)"),
-            ("memory does not grow", grown < 0.1 if last["step"] > 1 else None, f"{grown:+.3f} GiB after step 1")]
+    def memory_used(self) -> list[float]:
+        """GiB in use on each GPU; none on a CPU."""
+        return sum(self.call(self.engines, "memory_used"), [])
 
 
-def check_same_device(trainers: list[dict[str, Any]], schedulers: list[dict[str, Any]]) -> list[tuple]:
-    """PlacementError unless, rank by rank, trainer and scheduler process have read the same device in themselves."""
-    rows = [(t["rank"], s["tp_rank"], t["uuid"], s["uuid"]) for t, s in zip(trainers, schedulers, strict=True)]
-    if any(trainer_uuid != scheduler_uuid for *_, trainer_uuid, scheduler_uuid in rows):
-        raise PlacementError("rank, tp_rank, UUIDs of trainer and scheduler; expected one GPU a row. Use the bundle's "
-                             "local_index for both.\n" + "\n".join(map(str, rows)))
+def train(config: Config, task: Task, fleet: Fleet, folder: Path, model: str, done: int) -> list:
+    """The loop, from `done` steps to all of them. Returns the metrics, a row a step."""
+    engines, trainers, call, rollout = fleet.engines, fleet.trainers, fleet.call, config.rollout
+    sampling = {"max_new_tokens": rollout.max_new_tokens, "stop_token_ids": task.stop_token_ids}
+    sampling["temperature"] = rollout.temperature
+    files, rows, steps = model_files(model), read_metrics(folder, done), config.run.steps
+    bar = tqdm(range(done, steps), initial=done, total=steps, unit="step", disable=None)
+    for step in bar:
+        row = {"step": step}
+        phase = partial(timed, row, fleet)
+        if step == 0:
+            row["heldout_reward_before"] = score_heldout(task, fleet, sampling, version=0)
+        choice = random.Random(f"{config.run.seed}/{step}")
+        problems = choice.sample(task.problems[HELD_OUT:], rollout.prompts_per_step)  # [P]
+        problems = [problem for problem in problems for _ in range(rollout.group_size)]  # [P*G]
+
+        with phase("generate"):
+            samples = generate(fleet, problems, sampling, version=step)
+        with phase("sleep"):
+            call(engines, "sleep")
+        with phase("score"):
+            rewards = score(task, samples, problems, fleet.timeout_s)  # [P*G]
+            advantages = group_advantages(rewards.view(-1, rollout.group_size))  # [P, G]
+            batch = make_batch(samples, advantages.flatten())  # [P*G, T]
+        with phase("train"):
+            trained = call(trainers, "train", ray.put(batch))
+        with phase("wake_weights"):
+            call(engines, "wake", ["weights"])
+        with phase("sync"):
+            call(engines, "update_weights", step + 1)
+        due = (step + 1) % config.run.heldout_every == 0 or step + 1 == steps
+        if due:
+            with phase("checkpoint"):
+                call(trainers, "save", str(folder / "unfinished"))
+        with phase("offload"):
+            call(trainers, "offload")
+        with phase("wake"):
+            call(engines, "wake", ["kv_cache", "cuda_graph"])
+
+        if due:
+            row["heldout_reward"] = score_heldout(task, fleet, sampling, version=step + 1)
+        row |= describe(samples, rewards, trained, row["seconds_generate"])
+        rows.append(row)
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+        bar.write(step_line(row, steps))
+        check_rows(rows, config.training.max_logprob_difference, first=step == done)
+        if due:
+            finish_checkpoint(folder, files, step + 1)
     return rows
 
 
+@contextlib.contextmanager
+def timed(row, fleet, phase):
+    """Add a phase's seconds to the row, and on GPUs the memory in use after it."""
+    start = time.perf_counter()
+    yield
+    row[f"seconds_{phase}"] = time.perf_counter() - start
+    used = fleet.memory_used()
+    if used:
+        row[f"gib_{phase}"] = used
+
+
+def generate(fleet: Fleet, problems: list, sampling: dict[str, Any], version: int) -> list[Sample]:
+    """A response to each problem's prompt; the engines share the work, and the order is kept."""
+    prompts = [prompt for prompt, _ in problems]
+    share = math.ceil(len(prompts) / len(fleet.engines))
+    shares = [(prompts[at : at + share], sampling) for at in range(0, len(prompts), share)]
+    samples = sum(fleet.call(fleet.engines[: len(shares)], "generate", each=shares), [])
+    versions = {sample.weight_version for sample in samples}
+    if versions != {str(version)}:
+        raise EngineError(f"weight versions of samples are {versions}; expected {version} alone")
+    return samples
+
+
+def score(task: Task, samples: list[Sample], problems: list, timeout_s: float) -> torch.Tensor:
+    """Rewards, [B]. VerifierError where there is none, or not within `timeout_s` seconds."""
+
+    def on_alarm(*_):
+        raise TimeoutError(f"not done within {timeout_s:g} s")
+
+    signal.signal(signal.SIGALRM, on_alarm)
+    rewards = []
+    for sample, (_, answer) in zip(samples, problems, strict=True):
+        text = task.tokenizer.decode(sample.response_ids, skip_special_tokens=True)
+        signal.setitimer(signal.ITIMER_REAL, timeout_s, 1.0)  # again, if it is swallowed
+        try:
+            rewards.append(float(task.verify(text, answer)))
+            if not abs(rewards[-1]) < 1e30:
+                raise ValueError(f"{rewards[-1]} is not finite")
+        except Exception as error:
+            raise VerifierError(f"verify({text!r}, {answer!r}): {error!r}") from error
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    return torch.tensor(rewards)
+
+
+class VerifierError(RuntimeError):
+    """The task's verifier raised, returned no finite number, or did not end."""
+
+
+def score_heldout(task, fleet, sampling, version):
+    heldout = task.problems[:HELD_OUT]
+    samples = generate(fleet, heldout, sampling | {"temperature": 0.0}, version)  # greedy
+    return score(task, samples, heldout, fleet.timeout_s).mean().item()
+
+
 def make_batch(samples: Sequence[Sample], advantages: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Pad on the right: tokens [B, T]; mask and rollout_logprobs of token t + 1 at t, [B, T-1]; advantages [B]."""
-    def pad(rows: list[list]) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence([torch.from_numpy(numpy.array(row)) for row in rows], batch_first=True)
-    return dict(tokens=pad([s.prompt_ids + s.response_ids for s in samples]), advantages=advantages,
-                mask=pad([[0.0] * (len(s.prompt_ids) - 1) + [1.0] * len(s.logprobs) for s in samples]).float(),
-                rollout_logprobs=pad([[0.0] * (len(s.prompt_ids) - 1) + s.logprobs for s in samples]).float())
+    """Padded on the right: tokens [B, T], advantages [B]; mask and rollout_logprobs [B, T-1].
+
+    In the last two, what belongs to token t + 1 stands at t.
+    """
+    columns = {"tokens": [], "mask": [], "rollout_logprobs": []}
+    for sample in samples:
+        prompt = [0.0] * (len(sample.prompt_ids) - 1)
+        columns["tokens"].append(torch.tensor(sample.prompt_ids + sample.response_ids))
+        columns["mask"].append(torch.tensor(prompt + [1.0] * len(sample.logprobs)))
+        columns["rollout_logprobs"].append(torch.tensor(prompt + sample.logprobs))
+    batch = {name: pad_sequence(rows, batch_first=True) for name, rows in columns.items()}
+    return batch | {"advantages": advantages}
 
 
-def plot(metrics: list[dict[str, Any]], path: Path) -> None:
+def describe(samples, rewards, trained, seconds) -> dict[str, Any]:
+    """A step's metrics, from its samples and from what every rank says of its training."""
+    tokens = sum(len(sample.response_ids) for sample in samples)
+    row = {
+        "reward": rewards.mean().item(),
+        "response_length": tokens / len(samples),
+        "truncated": sum(sample.truncated for sample in samples) / len(samples),
+        "tokens_per_second": tokens / seconds,
+    }
+    if trained[0]["bad"]:  # alike on all ranks
+        return row | {"skipped": trained[0]["bad"]}
+    return row | {
+        "loss": sum(rank["loss"] for rank in trained),
+        "grad_norm": trained[0]["grad_norm"],
+        "logprob_difference_mean": sum(rank["difference_mean"] for rank in trained),
+        "logprob_difference_max": max(rank["difference_max"] for rank in trained),
+    }
+
+
+def check_rows(rows, limit, first):
+    """FloatingPointError where engine and trainer disagree, or three steps were skipped."""
+    difference = rows[-1].get("logprob_difference_mean", 0.0)
+    cause = "sync of weights, or a rollout that drifts with its length"
+    if first:  # at the start, weights were equal to the bit
+        cause = "model, which SGLang and transformers compute differently"
+    if difference > limit:
+        raise FloatingPointError(
+            f"logprob_difference_mean is {difference:.2g} nats; expected at most {limit:g}, "
+            f"--max-logprob-difference. A likely cause is the {cause}."
+        )
+    if len([row for row in rows[-3:] if "skipped" in row]) == 3:
+        raise FloatingPointError(f"{rows[-1]['skipped']} is not finite, 3 steps in a row")
+
+
+def step_line(row, steps):
+    """A step in at most 100 columns; all of it is in metrics.jsonl."""
+    generate, train = row["seconds_generate"], row["seconds_train"]
+    rest = sum(row[name] for name in row if name.startswith("seconds_")) - generate - train
+    heldout = f" held-out {row['heldout_reward']:.3f}" if "heldout_reward" in row else ""
+    return (
+        f"step {row['step'] + 1}/{steps} reward {row['reward']:.3f}{heldout} "
+        f"{row['tokens_per_second']:.0f} tok/s dlogp "
+        f"{row.get('logprob_difference_mean', math.nan):.0e} "
+        f"gen {generate:.2f} train {train:.2f} rest {rest:.2f} s"
+    )
+
+
+def read_metrics(folder, done):
+    """The rows before the checkpoint. What came after it is dropped, and comes again."""
+    path = folder / "metrics.jsonl"
+    path.touch()
+    rows = []
+    with contextlib.suppress(json.JSONDecodeError):  # a line that was cut off
+        for line in path.read_text().splitlines():
+            rows.append(json.loads(line))
+    rows = [row for row in rows if row["step"] < done]
+    if len(rows) < done:
+        print(f"{path} has {len(rows)} of the {done} steps before the checkpoint")
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def write_whole(path, text):
+    """Replace a file at once, so that nothing can cut it off."""
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    new.replace(path)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The run's own, oldest first. Whatever else is in the folder is the user's."""
+    return sorted(p for p in folder.iterdir() if re.fullmatch(r"checkpoint-\d{6}", p.name))
+
+
+def model_files(model: str) -> dict[str, bytes]:
+    """All but the weights of a model's folder or id: config, tokenizer, chat template and so on."""
+    weights = ["*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5"]
+    if not Path(model).is_dir():
+        model = huggingface_hub.snapshot_download(model, ignore_patterns=weights)
+    files = [path for path in Path(model).iterdir() if path.is_file()]
+    kept = [path for path in files if not any(map(path.match, weights))]
+    return {path.name: path.read_bytes() for path in kept}
+
+
+def finish_checkpoint(folder: Path, files: dict[str, bytes], step: int):
+    """Complete what the trainers have saved. It is whole, or it has another name; two are kept."""
+    for name, content in files.items():
+        (folder / "unfinished" / name).write_bytes(content)
+    os.sync()
+    (folder / "unfinished").rename(folder / f"checkpoint-{step:06d}")
+    os.sync()
+    for old in checkpoints(folder)[:-2]:
+        shutil.rmtree(old)
+
+
+def print_plan(plan: list[EnginePlacement]):
+    for place in plan:
+        for tp_rank, bundle in enumerate(place.bundles):
+            print(
+                f"bundle {bundle.index} -> node {bundle.node_ip} -> Ray id {bundle.gpu_id!r} -> "
+                f"local index {bundle.local_index} -> {bundle.uuid or 'no GPU'} -> engine "
+                f"{place.engine} tp_rank {tp_rank} base_gpu_id {place.base_gpu_id}"
+            )
+
+
+def start_workers(config, group, plan, logs) -> Fleet:
+    def worker(kind, number, bundle, share, *args):
+        log = logs / f"{kind.__name__.lower()}{number}.log"
+        log.touch()
+        actor = ray.remote(kind).options(**on_bundle(group, bundle.index, share))
+        return Worker(actor.remote(str(log), *args), log)
+
+    engines = [worker(Engine, p.engine, p.bundles[0], ENGINE_SHARE, p) for p in plan]
+    bundles = [bundle for place in plan for bundle in place.bundles]
+    trainers = [worker(Trainer, i, b, TRAINER_SHARE, i, b, config) for i, b in enumerate(bundles)]
+    return Fleet(engines, trainers, config.run.timeout)
+
+
+def start(config: Config, fleet: Fleet, plan: list[EnginePlacement], model: str, done: int) -> list:
+    """Start and check everything; returns what each scheduler process has read of itself."""
+    engines, trainers, call, rollout = fleet.engines, fleet.trainers, fleet.call, config.rollout
+    samples = math.ceil(rollout.prompts_per_step * rollout.group_size / len(engines))
+    limits = (samples, rollout.context_length, rollout.mem_fraction, config.run.seed)
+    # Engines start first, for each sizes its KV cache by the memory that is free. Their weights
+    # stay awake, for map_weights compares them.
+    call(engines, "start", each=[(engine_args(place, model, *limits),) for place in plan])
+    call(engines, "sleep", ["kv_cache"])
+    rendezvous = str(engines[0].log.with_name("rendezvous"))
+    uuids = call(trainers, "start", rendezvous, len(trainers), model, done > 0)
+    handles, tp = call(trainers, "share_weights"), config.placement.gpus_per_engine
+    own = [(handles[at : at + tp],) for at in range(0, len(handles), tp)]
+    try:
+        schedulers = sum(call(engines, "map_weights", each=own), [])
+    finally:
+        call(trainers, "forget_handle")
+    check_same_device(uuids, [reading["uuid"] for reading in schedulers])
+    call(engines, "update_weights", done)
+    call(engines, "wake", ["kv_cache"])
+    return schedulers
+
+
+def check_same_device(trainers: list[str | None], schedulers: list[str | None]):
+    """PlacementError unless, rank by rank, trainer and scheduler have read the same UUID."""
+    if trainers != schedulers:
+        raise PlacementError(
+            f"UUIDs by rank of trainers, {trainers}, and schedulers, {schedulers}; expected equal. "
+            "Use the bundle's local_index for both."
+        )
+
+
+def checklist(config, fleet, schedulers, rows, done) -> list[tuple[str, bool | None, str]]:
+    """What this run has read of itself: what, whether it is right or None, the reading.
+
+    Where True is written down, any other reading would have ended the run.
+    """
+    last = rows[-1]
+    differences = [row["logprob_difference_mean"] for row in rows if "loss" in row]
+    before, after = rows[0].get("heldout_reward_before", 0.0), last["heldout_reward"]
+    lines = [
+        ("weights equal to the bit", True, "in every rank, after a sync onto NaN"),
+        ("rollout and trainer agree", True, f"to {max(differences, default=0):.2g} nats"),
+        ("training steps", len(differences) == len(rows), f"{len(differences)} of {len(rows)}"),
+        ("held-out reward", after > before or after == 1, f"{before:.3f} -> {after:.3f}"),
+    ]
+    if config.placement.device == "cpu":
+        return [*lines, ("same GPU, all-reduce v2, CUDA graphs, memory", None, "needs a GPU")]
+    rows = [row for row in rows if row["step"] >= done]  # of this attempt
+    if not rows:
+        return [*lines, ("same GPU, all-reduce v2, CUDA graphs, memory", None, "no step to do")]
+    return lines + gpu_checklist(fleet, schedulers, rows, config.placement.gpus_per_engine)
+
+
+def gpu_checklist(fleet, schedulers, rows, tp):
+    last, ranks = rows[-1], len(fleet.trainers)
+    logs = [engine.read_log() for engine in fleet.engines]
+    used = {reading["all_reduce"] for reading in schedulers}
+    v2 = used == {"CustomAllReduceV2"} if tp > 1 else None
+    graphs = sum(len(log.captured) for log in logs)
+    registered = [log.registered for log in logs]
+    warm = rows[:2][-1]  # step 0 still takes buffers
+    pairs = [*zip(warm["gib_generate"], last["gib_generate"], strict=True)]
+    pairs += zip(warm["gib_train"], last["gib_train"], strict=True)
+    grown = max(now - then for then, now in pairs)
+    asleep, awake = max(last["gib_sleep"]), min(last["gib_generate"])
+    return [
+        ("same GPU", True, f"trainer and scheduler read one UUID in {ranks} of {ranks} ranks"),
+        ("all-reduce v2", v2, f"schedulers use {used}; inputs registered: {registered}"),
+        ("CUDA graphs captured", graphs == ranks, f"in {graphs} of {ranks} ranks"),
+        ("CUDA graphs replayed", all(log.replayed for log in logs), "by every engine"),
+        ("memory asleep", asleep < 0.5 * awake, f"{asleep:.2f} of {awake:.2f} GiB"),
+        ("memory does not grow", grown < 0.1, f"{grown:+.3f} GiB after step 1"),
+    ]
+
+
+def plot(rows, path):
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 3.5), layout="constrained")
     for axes, kind in zip(figure.subplots(1, 2), ("reward", "seconds_"), strict=True):
-        for name in (name for name in metrics[-1] if kind in name):
-            axes.plot(*zip(*[(row["step"], row[name]) for row in metrics if name in row], strict=True), label=name)
+        for name in rows[-1]:
+            if kind in name:
+                points = [(row["step"], row[name]) for row in rows if name in row]
+                axes.plot(*zip(*points, strict=True), label=name)
         axes.legend()
     figure.savefig(path, dpi=110)
 
 
-def run(config: Config, task: Task, folder: Path, metrics: list[dict], stopped_by: list[int]) -> None:
-    """Fill `metrics`, a row a step, from the last checkpoint on; leave no process; note signals in `stopped_by`."""
-    def stop(number: int, frame: Any) -> None:
+# ---- 9. One run, and the command line -----------------------------------------------------------
+
+
+def run(config: Config, task: Task, folder: Path):
+    """Place, start, train, and write down what was seen."""
+    start_time = time.perf_counter()
+    group = create_placement_group(config.placement.gpus, config.run.timeout)
+    bundles = probe_bundles(group, config.run.timeout)
+    plan = plan_engines(bundles, config.placement.gpus_per_engine)
+    print_plan(plan)
+    if config.run.dry_run:
+        return
+
+    logs = folder / f"attempt{len(list(folder.glob('attempt*')))}"
+    logs.mkdir(parents=True)
+    write_whole(folder / "config.json", json.dumps(asdict(config), indent=2))
+    shutil.rmtree(folder / "unfinished", ignore_errors=True)  # a checkpoint that was cut off
+    if not config.model.model and not checkpoints(folder):
+        write_random_model(config, task, folder / "unfinished")
+        finish_checkpoint(folder, {}, 0)
+    saved = checkpoints(folder)
+    model = str(saved[-1]) if saved else config.model.model
+    done = int(saved[-1].name[-6:]) if saved else 0
+    print(f"from {model}, {done} of {config.run.steps} steps done", flush=True)
+
+    fleet = start_workers(config, group, plan, logs)
+    schedulers = start(config, fleet, plan, model, done)
+    rows = train(config, task, fleet, folder, model, done)
+
+    if not rows:  # nothing was left to do, and the metrics are lost
+        return
+
+    plot(rows, folder / "reward.png")
+    lines = checklist(config, fleet, schedulers, rows, done)
+    seconds = time.perf_counter() - start_time
+    summary = {"wall_seconds": seconds, "checklist": lines, "schedulers": schedulers}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2))
+    for what, right, reading in lines:
+        print({True: "[x]", False: "[FAILED]", None: "[ ]"}[right], f"{what}: {reading}")
+    print(f"{seconds:.0f} s, all of it in {folder}")
+
+
+@contextlib.contextmanager
+def ray_session(config: Config, stopped_by: list[int]):
+    """Join or start Ray; leave no process. Signals are noted, and raise KeyboardInterrupt."""
+    stopping = False
+
+    def stop(number, _):
         stopped_by.append(number)
-        if armed:
-            raise KeyboardInterrupt  # ray.get passes it on; of a SystemExit it makes its own
-    armed = True  # until the clean-up, which comes to its end
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    options: dict[str, Any] = dict(runtime_env={"py_modules": [__file__]}, log_to_driver=False, logging_level="error")
-    if "RAY_ADDRESS" not in os.environ:  # start Ray here, on loopback only; logical GPUs it must be told, not real ones
+        if not stopping:
+            raise KeyboardInterrupt  # ray.get passes it on, but wraps a SystemExit
+
+    environment = {"py_modules": [__file__]}
+    options = {"runtime_env": environment, "log_to_driver": False, "logging_level": "error"}
+    if os.environ.get("RAY_ADDRESS", "") in ("", "local"):
+        # Start Ray here, on loopback only. It counts real GPUs itself; logical ones it is told.
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
-        options["runtime_env"]["env_vars"] = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-        options |= dict(address="local", include_dashboard=False, num_gpus={"cpu": config.gpus}.get(config.device))
-    start, others = time.perf_counter(), set(psutil.Process().children(recursive=True))
-    ray._private.utils.set_sigterm_handler = lambda handler: None  # ray.init would set its own handler
+        environment["env_vars"] = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+        gpus = config.placement.gpus if config.placement.device == "cpu" else None
+        options |= {"address": "local", "include_dashboard": False, "num_gpus": gpus}
+    others = set(psutil.Process().children(recursive=True))
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    ray._private.utils.set_sigterm_handler = lambda handler: None  # ray.init would set its own
     try:
         ray.init(**options)
-        signal.signal(signal.SIGTERM, stop)  # again: Ray's native code has just set a handler that aborts
-        group = create_placement_group(config.gpus, config.placement_timeout)
-        plan = plan_engines(probe_bundles(group, config.placement_timeout), config.gpus_per_engine)
-        for place in plan:
-            for rank, b in enumerate(place.bundles):
-                print(f"bundle {b.index} -> node {b.node_ip} -> Ray id {b.gpu_id!r} -> local index {b.local_index} -> "
-                      f"{b.uuid or 'no GPU'} -> engine {place.engine} tp_rank {rank} base_gpu_id {place.base_gpu_id}")
-        if config.dry_run:
-            return
-        (attempt := folder / f"attempt{len(list(folder.glob('attempt*')))}").mkdir(parents=True)
-        shutil.rmtree(unfinished := folder / "unfinished", ignore_errors=True)  # a checkpoint that was cut off
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
-        checkpoint = max(folder.glob("checkpoint-*"), default=folder / "checkpoint-000000")
-        done = int(checkpoint.name[-6:])
-        model = str(checkpoint) if done or not config.model else config.model
-        print(f"from {model}, {done} of {config.steps} steps done", flush=True)
-        if not done and not config.model:
-            write_random_model(config, checkpoint)
-        loop = Loop(config, task, attempt, group, plan)
-        loop.start(model, resume=done > 0)
-        with open(folder / "metrics.jsonl", "a+", buffering=1) as file:
-            file.seek(0)
-            metrics[:] = [json.loads(file.readline()) for _ in range(done)]
-            file.truncate(file.tell())  # what came after the checkpoint comes again
-            for step in (bar := tqdm(range(done, config.steps), initial=done, total=config.steps, unit="step")):
-                metrics.append(loop.step(step))
-                file.write(json.dumps(metrics[-1]) + "\n")
-                if "seconds_checkpoint" in metrics[-1]:
-                    task.tokenizer.save_pretrained(unfinished)
-                    unfinished.rename(folder / f"checkpoint-{step + 1:06d}")  # it is whole, or it is not there
-                    for old in sorted(folder.glob("checkpoint-*"))[:-2]:
-                        shutil.rmtree(old)
-                bar.write("  ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}"
-                                    for name, x in metrics[-1].items() if "gib_" not in name))
-                if len(bad := [row["skipped"] for row in metrics[-3:] if "skipped" in row]) == 3:
-                    raise FloatingPointError(f"{bad[2]} is not finite, 3 steps in a row. Check rewards, learning rate.")
-        plot(metrics, folder / "reward.png")
-        summary = dict(steps=config.steps, heldout_reward_before=metrics[0]["heldout_reward_before"],
-                       heldout_reward_after=metrics[-1]["heldout_reward"], wall_seconds=time.perf_counter() - start,
-                       devices=loop.devices, checklist=loop.checklist(metrics),
-                       engines={name: report._asdict() for name, report in loop.read_logs(loop.engines).items()},
-                       versions={name: importlib.metadata.version(name) for name in ("sglang", "torch", "ray")})
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2))
-        for what, right, reading in summary["checklist"]:
-            print({True: "[x]", False: "[FAILED]", None: "[ ]"}[right], f"{what}: {reading}")
-        print(f"{summary['wall_seconds']:.0f} s, all of it in {folder}")
+        # Again: Ray's native code has just set a handler that aborts.
+        signal.signal(signal.SIGTERM, stop)
+        yield
     finally:
-        armed = False
+        stopping = True  # the clean-up comes to its end
         children = set(psutil.Process().children(recursive=True)) - others
         ray.shutdown()
-        for process in psutil.wait_procs(children, timeout=0 if stopped_by else 3)[1]:  # SGLang's, hung or starting
+        _, alive = psutil.wait_procs(children, timeout=0 if stopped_by else 3)
+        for process in alive:  # SGLang's, hung or starting
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(children, timeout=10)
 
 
-# ---- 9. Command line ------------------------------------------------------------------------------------------------
+def read_config(argv: Sequence[str] | None) -> tuple[Config, Path]:
+    """The settings, and the run's folder; to resume, those of the run where none are given."""
+    flat = (tyro.conf.OmitArgPrefixes,)
+    config = tyro.cli(Config, args=argv, config=flat, description=__doc__)
+    if not config.run.resume:
+        return config, Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").resolve()
+    folder = Path(config.run.resume).resolve()
+    saved = json.loads((folder / "config.json").read_text())
+    groups = {group.name: group.default_factory(**saved[group.name]) for group in fields(Config)}
+    return tyro.cli(Config, args=argv, config=flat, default=Config(**groups)), folder
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 (failed), 2 (settings refused), 130 (Ctrl-C), 143 (SIGTERM)."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    groups = {name: parser.add_argument_group(name) for name in ("run", "placement", "model", "rollout", "training")}
-    for option in dataclasses.fields(Config):
-        meta, kind = option.metadata, dict(type=type(option.default), choices=option.metadata.get("choices"))
-        kind = dict(action=argparse.BooleanOptionalAction) if isinstance(option.default, bool) else kind
-        groups[meta["group"]].add_argument(f"--{option.name.replace('_', '-')}", default=option.default,
-                                           help=f"{meta['help']} (%(default)s)", **kind)
-    resume = parser.parse_args(argv).resume
-    folder = Path(resume or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").resolve()
+    """Returns the exit status.
+
+    0; 1, a fault, after which --resume goes on; 2, settings refused; 130 or 143, Ctrl-C or SIGTERM.
+    """
     try:
-        if resume:
-            parser.set_defaults(**json.loads((folder / "config.json").read_text()))
-        config = Config(**vars(parser.parse_args(argv)))
-        task = sums_task(config) if config.model else echo_task(config)
-        problems = check_config(config, task)
-    except (OSError, ValueError, TypeError) as error:
-        problems = [f"--resume wants a run's folder, --model one with a tokenizer and a chat template: {error}"]
+        config, folder = read_config(argv)
+        problems = check_numbers(config)
+        if not problems:
+            task = sums_task(config) if config.model.model else echo_task(config)
+            problems = check_machine(config) + check_task(config, task)
+    except PlacementError as error:
+        problems = [str(error)]
+    except Exception as error:
+        problems = [f"--resume wants a run's folder, --model a causal language model: {error}"]
     if problems:
         print("\n".join(problems), file=sys.stderr)
         return 2
-    metrics, stopped_by, furthest, faults = [], [], 0, 0
-    while not stopped_by:
-        try:
-            run(config, task, folder, metrics, stopped_by)
-            return 0
-        except KeyboardInterrupt:
-            stopped_by.append(signal.SIGINT)  # counts only if it came before `run` took note
-        except (PlacementError, FloatingPointError, RuntimeError, OSError, ray.exceptions.RayError) as error:
-            faults, furthest = 1 if len(metrics) > furthest else faults + 1, max(furthest, len(metrics))
-            if faults > config.max_restarts or isinstance(error, (PlacementError, FloatingPointError)):
-                print(f"error: {error}", file=sys.stderr)
-                return 1
-            print(f"{error}\nrestart {faults} of at most {config.max_restarts}", file=sys.stderr, flush=True)
-    return 128 + stopped_by[0]
+
+    stopped_by = []
+    try:
+        with ray_session(config, stopped_by):
+            run(config, task, folder)
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        if stopped_by:
+            return 128 + stopped_by[0]
+        print(f"error: {error}", file=sys.stderr)
+        if folder.exists():
+            shutil.rmtree(folder / "unfinished", ignore_errors=True)  # the disk may be full
+            (folder / "error.log").write_text("".join(traceback.format_exception(error)))
+            command = shlex.join(["python", sys.argv[0], "--resume", str(folder)])
+            print(f"The traceback is in {folder}/error.log. To go on:\n{command}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
-    import colocate_rl  # Ray's workers and SGLang's processes cannot import __main__.Engine, but colocate_rl.Engine
+    # Ray's workers and SGLang's processes cannot import __main__.Engine, but colocate_rl.Engine.
+    import colocate_rl
+
     sys.exit(colocate_rl.main())
