@@ -1567,7 +1567,7 @@ def run_with_faults(folder, faults, *options, limit_s=400):
     print(*re.findall("(?m)^(?:noticed|error: ).*", output), sep="\n")
     assert len(starts) == len(faults) and f"all of it in {folder}/runs" in last, output
     for start, (fault, (cause, limit_s)) in zip(starts, faults.items(), strict=True):
-        seconds, message = re.search(r"(?s)noticed after (\S+) s\nerror: (.*)", start).groups()
+        seconds, message = re.search(r"(?s)noticed after (\S+) s\n.*?error: (.*)", start).groups()
         assert re.search(cause, " ".join(message.splitlines())), (fault, message)
         assert float(seconds) < limit_s, fault
     return output
