@@ -164,7 +164,7 @@ def check_machine(config: Config) -> list[str]:
     problems = []
     if gpus % tp:
         problems.append(f"--gpus is {gpus}; expected a multiple of --gpus-per-engine, {tp}")
-    if gpus > visible and os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
+    if gpus > visible and starts_ray():
         problems.append(f"--gpus is {gpus}; expected at most CUDA_VISIBLE_DEVICES' {visible}")
     if tp > 1 and config.placement.device == "cpu" and not config.run.dry_run:
         problems.append(f"--gpus-per-engine is {tp}; expected 1 on a CPU")
@@ -173,6 +173,11 @@ def check_machine(config: Config) -> list[str]:
     if len(tmp) > 38:  # Ray's socket in it has some 70 characters more, and at most 107
         problems.append(f"TMPDIR is {tmp!r}; expected at most 38 characters")
     return problems
+
+
+def starts_ray() -> bool:
+    """Whether the run starts Ray on this machine, or else joins the cluster of RAY_ADDRESS."""
+    return os.environ.get("RAY_ADDRESS", "") in ("", "local")
 
 
 def check_task(config: Config, task: "Task") -> list[str]:
@@ -841,6 +846,7 @@ class Trainer:
     def _make_buffers(self):
         self.names, parameters = zip(*self.model.named_parameters(), strict=True)  # tied ones once
         self.shapes = [parameter.shape for parameter in parameters]
+        self.sizes = [shape.numel() for shape in self.shapes]
         flat = self._padded(parameters_to_vector(parameters).detach())
         self.weights = flat.to(self.device, torch.bfloat16 if self.on_gpu else torch.float32)
         self.grads = torch.zeros(len(flat), device=self.device)
@@ -858,8 +864,7 @@ class Trainer:
     def _make_optimizer(self):
         gradient = self._own(self.grads)
         # This rank's part of each gradient: so the norm equals clip_grad_norm_'s, to the bit.
-        ends = accumulate(shape.numel() for shape in self.shapes)
-        cuts = [end - self.rank * len(gradient) for end in ends]
+        cuts = [end - self.rank * len(gradient) for end in accumulate(self.sizes)]
         self.own_grads = gradient.tensor_split([c for c in cuts if 0 < c < len(gradient)])
         resize(self.grads, 0)  # at the start, the engine's weights are on the GPU, too
         self.state = torch.empty_like(self.host, device=self.device)
@@ -881,8 +886,7 @@ class Trainer:
 
     def _views(self, flat):
         """Views of a flat buffer in the shapes of the parameters, [P] -> shapes."""
-        sizes = [shape.numel() for shape in self.shapes]
-        parts = flat[: sum(sizes)].split(sizes)
+        parts = flat[: sum(self.sizes)].split(self.sizes)
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def _copy(self, target, source):
@@ -1053,8 +1057,8 @@ class Trainer:
             Path(folder).mkdir(parents=True, exist_ok=True)
             weights = self._as_in_files(whole[0])
             save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
-            size = sum(shape.numel() for shape in self.shapes)  # without the padding
-            adam = {"step": self.updates, "moments": whole[1:, :size].contiguous()}
+            moments = whole[1:, : sum(self.sizes)].contiguous()  # without the padding
+            adam = {"step": self.updates, "moments": moments}
             save_file(adam, f"{folder}/optimizer.safetensors")
 
 
@@ -1668,7 +1672,7 @@ def ray_session(config: Config, stopped_by: list[int]):
 
     environment = {"py_modules": [__file__]}
     options = {"runtime_env": environment, "log_to_driver": False, "logging_level": "error"}
-    if os.environ.get("RAY_ADDRESS", "") in ("", "local"):
+    if starts_ray():
         # Start Ray here, on loopback only. It counts real GPUs itself; logical ones it is told.
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
         environment["env_vars"] = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
