@@ -72,10 +72,8 @@ class Run:
 
 @dataclass
 class Placement:
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: cuda where there is one."""
     gpus: int = 0
-    """GPUs to use, logical ones on a CPU; 0: all of this machine, or 1."""
+    """GPUs to use, logical ones on a machine without; 0: all of this machine, or 1."""
     gpus_per_engine: int = 1
     """Tensor parallel size (TP) of each engine."""
 
@@ -114,8 +112,6 @@ class Training:
     """Sequences in one forward and backward pass of a rank."""
     compile: bool = False
     """torch.compile the layers and the log-probabilities."""
-    offload: bool = True
-    """The optimizer state leaves the GPU while the engine generates."""
     max_logprob_difference: float = 0.1
     """Mean difference between engine and trainer, in nats, that stops the run."""
 
@@ -129,12 +125,9 @@ class Config:
     training: Training = field(default_factory=Training)
 
     def __post_init__(self):
-        """Resolve `auto`, 0 GPUs and a relative folder."""
+        """Resolve 0 GPUs and a relative folder."""
         placement, model = self.placement, self.model
-        if placement.device == "auto":
-            placement.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if placement.gpus == 0:
-            placement.gpus = torch.cuda.device_count() if placement.device == "cuda" else 1
+        placement.gpus = placement.gpus or torch.cuda.device_count() or 1
         if model.model and Path(model.model).is_dir():
             model.model = str(Path(model.model).resolve())
 
@@ -150,7 +143,7 @@ def check_numbers(config: Config) -> list[str]:
     problems = []
     for settings in asdict(config).values():
         for name, value in settings.items():
-            low, high = limits.get(name, (1e-12 if type(value) is float else 1, 1e12))
+            low, high = limits.get(name, (1e-12, 1e12))
             if type(value) in (int, float) and not low <= value <= high:
                 option = name.replace("_", "-")
                 problems.append(f"--{option} is {value}; expected {low:g} to {high:g}")
@@ -166,10 +159,8 @@ def check_machine(config: Config) -> list[str]:
         problems.append(f"--gpus is {gpus}; expected a multiple of --gpus-per-engine, {tp}")
     if gpus > visible and starts_ray():
         problems.append(f"--gpus is {gpus}; expected at most CUDA_VISIBLE_DEVICES' {visible}")
-    if tp > 1 and config.placement.device == "cpu" and not config.run.dry_run:
-        problems.append(f"--gpus-per-engine is {tp}; expected 1 on a CPU")
-    if config.placement.device == "cpu" and torch.cuda.is_available():
-        problems.append("--device is cpu; expected cuda, since this machine has GPUs")
+    if tp > 1 and starts_ray() and not (torch.cuda.is_available() or config.run.dry_run):
+        problems.append(f"--gpus-per-engine is {tp}; expected 1 on a machine without GPUs")
     if len(tmp) > 38:  # Ray's socket in it has some 70 characters more, and at most 107
         problems.append(f"TMPDIR is {tmp!r}; expected at most 38 characters")
     return problems
@@ -467,14 +458,12 @@ class EngineLog(NamedTuple):
 
     captured: list[int]  # tp_ranks that have captured their CUDA graphs
     registered: int | None  # inputs of captured all-reduces; None: not logged
-    replayed: bool | None  # decode batches ran with a graph; None: there was no decode batch
     fault: str  # the last known fault with its cause and remedy, or else the last error line, or ""
 
 
 def parse_engine_log(text: str) -> EngineLog:
     ranks = re.findall(r"(?i)\[[^][]*?(?:TP(\d+))?\] capture .*graph.* end", text)
     registered = re.search(r"Regist(?:ering|ered) (\d+) cuda graph addresses", text)
-    decoded = re.findall(r"Decode batch.*graph: (\w+)", text)
     error = r"^.*(?:(?:Error|Exception)\b.*: \S|CUDA error: |crashed with exit code).*|^\w+Error$"
     lines = [line.strip() for line in re.findall(error, text, re.M)]
     known = [
@@ -486,7 +475,6 @@ def parse_engine_log(text: str) -> EngineLog:
     return EngineLog(
         captured=sorted({int(rank or 0) for rank in ranks}),
         registered=int(registered[1]) if registered else None,
-        replayed="True" in decoded if decoded else None,
         fault=(known or lines or [""])[-1],
     )
 
@@ -522,7 +510,6 @@ def engine_args(
         "random_seed": seed,
         "skip_tokenizer_init": True,
         "log_level": "info",
-        "decode_log_interval": 4,  # the log says whether graphs are replayed
         "sleep_on_idle": True,  # else it takes a core
         "custom_weight_loader": [f"{__name__}.{loader}" for loader in WEIGHT_LOADERS],
     }
@@ -554,8 +541,7 @@ class Engine:
 
     def __init__(self, log: str, placement: EnginePlacement):
         self.name = f"engine {placement.engine} at base_gpu_id {placement.base_gpu_id}"
-        self.number, self.log, self.asleep = placement.engine, Path(log).absolute(), set()
-        self.uuids = [bundle.uuid for bundle in placement.bundles]
+        self.placement, self.log, self.asleep = placement, Path(log).absolute(), set()
         log_to(log)
 
     def start(self, args: dict[str, Any]):
@@ -578,17 +564,15 @@ class Engine:
             self.engine = SGLangEngine(**args, custom_sigquit_handler=signal.SIG_IGN)
             self.engine.freeze_gc()
         except Exception as error:
-            fault = parse_engine_log(self.log.read_text(errors="replace")).fault
+            fault = self.read_log().fault
             raise EngineError(f"{self.name} did not start ({error}): {fault}") from error
         # SGLang installs its own handler of SIGQUIT at the first request, which this is. Then the
         # default comes back: the death of any of its processes ends this actor, at once.
         self.engine.flush_cache()
         signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
-    def memory_used(self) -> list[float]:
-        """GiB in use on each of the engine's GPUs, by whomever; none on a CPU."""
-        handles = [pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in self.uuids if uuid]
-        return [pynvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30 for handle in handles]
+    def read_log(self) -> EngineLog:
+        return parse_engine_log(self.log.read_text(errors="replace"))
 
     def generate(self, prompts: list[list[int]], sampling: dict[str, Any]) -> list[Sample]:
         """Token ids in; token ids and log-probabilities out, in the same order."""
@@ -639,9 +623,9 @@ class Engine:
     def update_weights(self, version: int):
         """Copy the mapped weights into the engine, and seed its sampling, so that a run repeats."""
         # The seed travels as the payload of the loader.
-        seed = random.Random(f"{self.seed}/{version}/{self.number}").getrandbits(31)
+        seed = random.Random(f"{self.seed}/{version}/{self.placement.engine}").getrandbits(31)
         payload = pickle.dumps([("seed", torch.tensor(seed))])
-        self._load("update_weights", [payload] * len(self.uuids), str(version))
+        self._load("update_weights", [payload] * len(self.placement.bundles), str(version))
 
     def _load(self, loader, payloads, version=None):
         """Run one of WEIGHT_LOADERS in every scheduler process, each with its payload."""
@@ -805,9 +789,7 @@ class Trainer:
 
         self.load_model, self.rank, self.config = AutoModelForCausalLM.from_pretrained, rank, config
         self.on_gpu = bundle.uuid is not None
-        self.device = (
-            torch.device("cuda", bundle.local_index) if self.on_gpu else torch.device("cpu")
-        )
+        self.device = torch.device(f"cuda:{bundle.local_index}" if self.on_gpu else "cpu")
         self.backend = torch.get_device_module(self.device)  # torch.cuda or torch.cpu
 
     def start(self, rendezvous: str, ranks: int, model: str, resume: bool = False) -> str | None:
@@ -832,16 +814,13 @@ class Trainer:
             self.updates.copy_(saved["step"])
             self.host[1:] = self._own(self._padded(saved["moments"]))
         self.copies = self.backend.Stream()
-        if not self.config.training.offload:
-            self._copy(self.state, self.host)
         self.offload()
         self.token_logprobs = token_logprobs
         if self.config.training.compile:
             self.token_logprobs = torch.compile(token_logprobs)  # keeps no logits in fp32
-            for module in self.model.modules():
-                if type(module).__name__ in self.model._no_split_modules:
-                    module.compile()
-        return device_uuid(self.weights.device.index or 0)
+            for layer in self.model.get_decoder().layers:
+                layer.compile()
+        return device_uuid(self.device.index or 0)
 
     def _make_buffers(self):
         self.names, parameters = zip(*self.model.named_parameters(), strict=True)  # tied ones once
@@ -850,11 +829,8 @@ class Trainer:
         flat = self._padded(parameters_to_vector(parameters).detach())
         self.weights = flat.to(self.device, torch.bfloat16 if self.on_gpu else torch.float32)
         self.grads = torch.zeros(len(flat), device=self.device)
-        self.host = torch.zeros(3, len(self._own(flat)))
+        self.host = torch.zeros(3, len(self._own(flat)), pin_memory=self.on_gpu)
         self.host[0] = self._own(flat)
-        if self.on_gpu:  # pin it; pin_memory=True would take the next power of two
-            pinned = torch.cuda.cudart().cudaHostRegister(self.host.data_ptr(), self.host.nbytes, 0)
-            torch.cuda.check_error(pinned)
         vector_to_parameters(self.weights, parameters)  # as views
         self.model.to(self.device)  # what is no parameter
         for parameter, gradient in zip(parameters, self._views(self.grads), strict=True):
@@ -895,7 +871,7 @@ class Trainer:
         with self.backend.stream(self.copies):
             target.copy_(source, non_blocking=True)
 
-    def train(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def train(self, batch):
         """Make the updates of a step, each on its share of make_batch's rows.
 
         No update is made once a number is not finite; "bad" then names the first such tensor.
@@ -903,7 +879,7 @@ class Trainer:
         """
         config, losses, gaps = self.config.training, [], []
         self._onload()
-        bad = first_bad(batch)
+        bad = next((name for name, rows in batch.items() if not rows.isfinite().all()), None)
         for update, share in enumerate(self._shares(batch)):
             num_tokens = share["mask"].sum()
             dist.all_reduce(num_tokens)
@@ -927,10 +903,8 @@ class Trainer:
             "difference_mean": gap.sum().item() / batch["mask"].sum().item(),
             "difference_max": gap.max().item(),
         }
-        if config.offload:
-            self._copy(self.host, self.state)  # `offload` waits for it
-        if self.on_gpu and torch.cuda.memory_reserved() > torch.cuda.mem_get_info()[0]:
-            torch.cuda.empty_cache()  # slow, but the engine's weights wake next, and need room
+        self._copy(self.host, self.state)  # `offload` waits for it
+        torch.cuda.empty_cache()  # the engine's weights wake next, and need room
         return metrics
 
     @torch.no_grad()
@@ -1001,18 +975,23 @@ class Trainer:
     def _onload(self):
         """Take the memory of gradients and state; the state arrives beside the first gradients."""
         resize(self.grads, self.grads.nbytes)
+        resize(self.state, self.state.nbytes)
         self.grads.zero_()
-        if self.config.training.offload:
-            resize(self.state, self.state.nbytes)
-            self._copy(self.state, self.host)
+        self._copy(self.state, self.host)
 
     def offload(self):
         """Free the memory of gradients and state, once the state's copy to the host is complete."""
         self.backend.synchronize()
         resize(self.grads, 0)
-        if self.config.training.offload:
-            resize(self.state, 0)
+        resize(self.state, 0)
         torch.cuda.empty_cache()  # without a GPU nothing happens
+
+    def memory_used(self) -> float | None:
+        """GiB in use on this rank's GPU, by whomever; None on a CPU."""
+        if not self.on_gpu:
+            return None
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) / 2**30
 
     def share_weights(self) -> bytes:
         """The handle by which an engine maps the weights, under the names of a model's files."""
@@ -1071,10 +1050,6 @@ def add_gradient(total, parameter):
 def resize(tensor, nbytes):
     """Change the memory behind a tensor; all views of it stay the same objects."""
     tensor.untyped_storage().resize_(nbytes)
-
-
-def first_bad(tensors):
-    return next((name for name, t in tensors.items() if not t.isfinite().all()), None)
 
 
 # ---- 6. GRPO (pure) -----------------------------------------------------------------------------
@@ -1160,7 +1135,7 @@ SHAPE = (
 SHAPES = {"tiny": (64, 128, 2, 4, 2, 16, 0.06), "0.6B": (1024, 3072, 28, 16, 8, 128, 0.02)}
 
 
-def echo_task(config: Config) -> Task:
+def echo_task(config):
     """To answer "472=" with its first digit, repeated."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
@@ -1173,7 +1148,7 @@ def echo_task(config: Config) -> Task:
         tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>"
     )
 
-    def verify(text: str, answer: str) -> float:
+    def verify(text, answer):
         return sum(a == b for a, b in zip(text, answer, strict=False)) / len(answer)
 
     numbers = [f"{number:03d}" for number in range(1000)]
@@ -1202,7 +1177,7 @@ def write_random_model(config, task, folder):
     task.tokenizer.save_pretrained(folder)
 
 
-def sums_task(config: Config) -> Task:
+def sums_task(config):
     """Sums of two-digit numbers for a pretrained model, in its own chat template."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -1228,7 +1203,7 @@ def sums_task(config: Config) -> Task:
         prompts = apply(chats)
     answers = [str(a + b) for a, b in pairs]
 
-    def verify(text: str, answer: str) -> float:
+    def verify(text, answer):
         return float(re.findall(r"\d+", text)[-1:] == [answer])  # the last number counts
 
     longest = getattr(model_config, "max_position_embeddings", None) or 2**31
@@ -1251,59 +1226,47 @@ def refuse_untrainable(model_config, name):
 # ---- 8. Loop: the phases of a step, metrics, checkpoints ----------------------------------------
 
 
-class Worker(NamedTuple):
-    actor: Any
-    log: Path
-
-    def read_log(self) -> EngineLog:
-        return parse_engine_log(self.log.read_text(errors="replace"))
-
-
 class Fleet(NamedTuple):
-    """All actors of a run, and the limit of a call in seconds."""
+    """All actors of a run, the log of each by its id, and the limit of a call in seconds."""
 
-    engines: list[Worker]
-    trainers: list[Worker]
+    engines: list
+    trainers: list
+    logs: dict[str, Path]
     timeout_s: float
 
-    def call(self, workers, method, *args, each=()) -> list:
-        """Call a method of the workers at once, with `args` or each with its own; wait for all.
+    def call(self, actors, method, *args, each=()):
+        """Call a method of the actors at once, with `args` or each with its own; wait for all.
 
-        EngineError, with the cause from its own log, if any worker of the run has died.
+        EngineError, with the cause from its own log, if any actor of the run has died.
         """
-        pairs = zip(workers, each or [args] * len(workers), strict=True)
-        calls = [getattr(worker.actor, method).remote(*own) for worker, own in pairs]
-        everyone = self.engines + self.trainers
+        pairs = zip(actors, each or [args] * len(actors), strict=True)
+        calls = [getattr(actor, method).remote(*own) for actor, own in pairs]
         try:
-            return wait_for(calls, self.timeout_s, method, [worker.actor for worker in everyone])
+            return wait_for(calls, self.timeout_s, method, self.engines + self.trainers)
         except ray.exceptions.RayActorError as error:
-            for worker in everyone:
-                if worker.actor._actor_id.hex() == error.actor_id:
-                    cause = worker.read_log().fault or error
-                    message = f"{worker.log.stem} died in {method}: {cause}\n{worker.log}"
-                    raise EngineError(message) from error
-            raise  # Ray did not say which actor died
-
-    def memory_used(self) -> list[float]:
-        """GiB in use on each GPU; none on a CPU."""
-        return sum(self.call(self.engines, "memory_used"), [])
+            if error.actor_id not in self.logs:  # Ray did not say which actor died
+                raise
+            log = self.logs[error.actor_id]
+            cause = parse_engine_log(log.read_text(errors="replace")).fault or error
+            raise EngineError(f"{log.stem} died in {method}: {cause}\n{log}") from error
 
 
-def train(config: Config, task: Task, fleet: Fleet, folder: Path, model: str, done: int) -> list:
+def train(config, task, fleet, folder, model, done):
     """The loop, from `done` steps to all of them. Returns the metrics, a row a step."""
     engines, trainers, call, rollout = fleet.engines, fleet.trainers, fleet.call, config.rollout
     sampling = {"max_new_tokens": rollout.max_new_tokens, "stop_token_ids": task.stop_token_ids}
     sampling["temperature"] = rollout.temperature
-    files, rows, steps = model_files(model), read_metrics(folder, done), config.run.steps
+    files, steps, metrics = model_files(model), config.run.steps, folder / "metrics.jsonl"
+    # A checkpoint holds the metrics up to it. What came after it is dropped, and comes again.
+    metrics.write_bytes(files.get("metrics.jsonl", b"") if done else b"")
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     bar = tqdm(range(done, steps), initial=done, total=steps, unit="step", disable=None)
     for step in bar:
         row = {"step": step}
         phase = partial(timed, row, fleet)
         if step == 0:
             row["heldout_reward_before"] = score_heldout(task, fleet, sampling, version=0)
-        choice = random.Random(f"{config.run.seed}/{step}")
-        problems = choice.sample(task.problems[HELD_OUT:], rollout.prompts_per_step)  # [P]
-        problems = [problem for problem in problems for _ in range(rollout.group_size)]  # [P*G]
+        problems = draw_problems(config, task, step)  # [P*G]
 
         with phase("generate"):
             samples = generate(fleet, problems, sampling, version=step)
@@ -1332,13 +1295,21 @@ def train(config: Config, task: Task, fleet: Fleet, folder: Path, model: str, do
             row["heldout_reward"] = score_heldout(task, fleet, sampling, version=step + 1)
         row |= describe(samples, rewards, trained, row["seconds_generate"])
         rows.append(row)
-        with open(folder / "metrics.jsonl", "a") as file:
+        with metrics.open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
         bar.write(step_line(row, steps))
         check_rows(rows, config.training.max_logprob_difference, first=step == done)
         if due:
+            files["metrics.jsonl"] = metrics.read_bytes()
             finish_checkpoint(folder, files, step + 1)
     return rows
+
+
+def draw_problems(config, task, step):
+    """A step's problems, each as often as its group has samples, [P*G]."""
+    choice = random.Random(f"{config.run.seed}/{step}")
+    problems = choice.sample(task.problems[HELD_OUT:], config.rollout.prompts_per_step)
+    return [problem for problem in problems for _ in range(config.rollout.group_size)]
 
 
 @contextlib.contextmanager
@@ -1347,12 +1318,12 @@ def timed(row, fleet, phase):
     start = time.perf_counter()
     yield
     row[f"seconds_{phase}"] = time.perf_counter() - start
-    used = fleet.memory_used()
-    if used:
+    used = fleet.call(fleet.trainers, "memory_used")
+    if None not in used:
         row[f"gib_{phase}"] = used
 
 
-def generate(fleet: Fleet, problems: list, sampling: dict[str, Any], version: int) -> list[Sample]:
+def generate(fleet, problems, sampling, version):
     """A response to each problem's prompt; the engines share the work, and the order is kept."""
     prompts = [prompt for prompt, _ in problems]
     share = math.ceil(len(prompts) / len(fleet.engines))
@@ -1364,7 +1335,7 @@ def generate(fleet: Fleet, problems: list, sampling: dict[str, Any], version: in
     return samples
 
 
-def score(task: Task, samples: list[Sample], problems: list, timeout_s: float) -> torch.Tensor:
+def score(task, samples, problems, timeout_s):
     """Rewards, [B]. VerifierError where there is none, or not within `timeout_s` seconds."""
 
     def on_alarm(*_):
@@ -1396,7 +1367,7 @@ def score_heldout(task, fleet, sampling, version):
     return score(task, samples, heldout, fleet.timeout_s).mean().item()
 
 
-def make_batch(samples: Sequence[Sample], advantages: torch.Tensor) -> dict[str, torch.Tensor]:
+def make_batch(samples, advantages):
     """Padded on the right: tokens [B, T], advantages [B]; mask and rollout_logprobs [B, T-1].
 
     In the last two, what belongs to token t + 1 stands at t.
@@ -1411,7 +1382,7 @@ def make_batch(samples: Sequence[Sample], advantages: torch.Tensor) -> dict[str,
     return batch | {"advantages": advantages}
 
 
-def describe(samples, rewards, trained, seconds) -> dict[str, Any]:
+def describe(samples, rewards, trained, seconds):
     """A step's metrics, from its samples and from what every rank says of its training."""
     tokens = sum(len(sample.response_ids) for sample in samples)
     row = {
@@ -1458,44 +1429,21 @@ def step_line(row, steps):
     )
 
 
-def read_metrics(folder, done):
-    """The rows before the checkpoint. What came after it is dropped, and comes again."""
-    path = folder / "metrics.jsonl"
-    path.touch()
-    rows = []
-    with contextlib.suppress(json.JSONDecodeError):  # a line that was cut off
-        for line in path.read_text().splitlines():
-            rows.append(json.loads(line))
-    rows = [row for row in rows if row["step"] < done]
-    if len(rows) < done:
-        print(f"{path} has {len(rows)} of the {done} steps before the checkpoint")
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return rows
-
-
-def write_whole(path, text):
-    """Replace a file at once, so that nothing can cut it off."""
-    new = path.with_suffix(".new")
-    new.write_text(text)
-    new.replace(path)
-
-
-def checkpoints(folder: Path) -> list[Path]:
+def checkpoints(folder):
     """The run's own, oldest first. Whatever else is in the folder is the user's."""
     return sorted(p for p in folder.iterdir() if re.fullmatch(r"checkpoint-\d{6}", p.name))
 
 
-def model_files(model: str) -> dict[str, bytes]:
+def model_files(model):
     """All but the weights of a model's folder or id: config, tokenizer, chat template and so on."""
-    weights = ["*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5"]
+    weights = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5")
     if not Path(model).is_dir():
         model = huggingface_hub.snapshot_download(model, ignore_patterns=weights)
     files = [path for path in Path(model).iterdir() if path.is_file()]
-    kept = [path for path in files if not any(map(path.match, weights))]
-    return {path.name: path.read_bytes() for path in kept}
+    return {p.name: p.read_bytes() for p in files if not any(map(p.match, weights))}
 
 
-def finish_checkpoint(folder: Path, files: dict[str, bytes], step: int):
+def finish_checkpoint(folder, files, step):
     """Complete what the trainers have saved. It is whole, or it has another name; two are kept."""
     for name, content in files.items():
         (folder / "unfinished" / name).write_bytes(content)
@@ -1506,7 +1454,7 @@ def finish_checkpoint(folder: Path, files: dict[str, bytes], step: int):
         shutil.rmtree(old)
 
 
-def print_plan(plan: list[EnginePlacement]):
+def print_plan(plan):
     for place in plan:
         for tp_rank, bundle in enumerate(place.bundles):
             print(
@@ -1516,20 +1464,25 @@ def print_plan(plan: list[EnginePlacement]):
             )
 
 
-def start_workers(config, group, plan, logs) -> Fleet:
-    def worker(kind, number, bundle, share, *args):
-        log = logs / f"{kind.__name__.lower()}{number}.log"
+def make_actors(config, group, plan, folder):
+    """An engine's actor on its first bundle, and a trainer's on every bundle."""
+    logs = {}
+
+    def actor(kind, number, bundle, share, *args):
+        log = folder / f"{kind.__name__.lower()}{number}.log"
         log.touch()
-        actor = ray.remote(kind).options(**on_bundle(group, bundle.index, share))
-        return Worker(actor.remote(str(log), *args), log)
+        options = on_bundle(group, bundle.index, share)
+        handle = ray.remote(**options)(kind).remote(str(log), *args)
+        logs[handle._actor_id.hex()] = log
+        return handle
 
-    engines = [worker(Engine, p.engine, p.bundles[0], ENGINE_SHARE, p) for p in plan]
+    engines = [actor(Engine, p.engine, p.bundles[0], ENGINE_SHARE, p) for p in plan]
     bundles = [bundle for place in plan for bundle in place.bundles]
-    trainers = [worker(Trainer, i, b, TRAINER_SHARE, i, b, config) for i, b in enumerate(bundles)]
-    return Fleet(engines, trainers, config.run.timeout)
+    trainers = [actor(Trainer, i, b, TRAINER_SHARE, i, b, config) for i, b in enumerate(bundles)]
+    return Fleet(engines, trainers, logs, config.run.timeout)
 
 
-def start(config: Config, fleet: Fleet, plan: list[EnginePlacement], model: str, done: int) -> list:
+def start(config, fleet, plan, folder, model, done):
     """Start and check everything; returns what each scheduler process has read of itself."""
     engines, trainers, call, rollout = fleet.engines, fleet.trainers, fleet.call, config.rollout
     samples = math.ceil(rollout.prompts_per_step * rollout.group_size / len(engines))
@@ -1538,8 +1491,7 @@ def start(config: Config, fleet: Fleet, plan: list[EnginePlacement], model: str,
     # stay awake, for map_weights compares them.
     call(engines, "start", each=[(engine_args(place, model, *limits),) for place in plan])
     call(engines, "sleep", ["kv_cache"])
-    rendezvous = str(engines[0].log.with_name("rendezvous"))
-    uuids = call(trainers, "start", rendezvous, len(trainers), model, done > 0)
+    uuids = call(trainers, "start", f"{folder}/rendezvous", len(trainers), model, done > 0)
     handles, tp = call(trainers, "share_weights"), config.placement.gpus_per_engine
     own = [(handles[at : at + tp],) for at in range(0, len(handles), tp)]
     try:
@@ -1552,7 +1504,7 @@ def start(config: Config, fleet: Fleet, plan: list[EnginePlacement], model: str,
     return schedulers
 
 
-def check_same_device(trainers: list[str | None], schedulers: list[str | None]):
+def check_same_device(trainers, schedulers):
     """PlacementError unless, rank by rank, trainer and scheduler have read the same UUID."""
     if trainers != schedulers:
         raise PlacementError(
@@ -1561,67 +1513,39 @@ def check_same_device(trainers: list[str | None], schedulers: list[str | None]):
         )
 
 
-def checklist(config, fleet, schedulers, rows, done) -> list[tuple[str, bool | None, str]]:
+def checklist(logs, schedulers, rows):
     """What this run has read of itself: what, whether it is right or None, the reading.
 
     Where True is written down, any other reading would have ended the run.
     """
-    last = rows[-1]
+    last, ranks = rows[-1], len(schedulers)
     differences = [row["logprob_difference_mean"] for row in rows if "loss" in row]
     before, after = rows[0].get("heldout_reward_before", 0.0), last["heldout_reward"]
     lines = [
         ("weights equal to the bit", True, "in every rank, after a sync onto NaN"),
         ("rollout and trainer agree", True, f"to {max(differences, default=0):.2g} nats"),
-        ("training steps", len(differences) == len(rows), f"{len(differences)} of {len(rows)}"),
         ("held-out reward", after > before or after == 1, f"{before:.3f} -> {after:.3f}"),
     ]
-    if config.placement.device == "cpu":
+    if schedulers[0]["uuid"] is None:
         return [*lines, ("same GPU, all-reduce v2, CUDA graphs, memory", None, "needs a GPU")]
-    rows = [row for row in rows if row["step"] >= done]  # of this attempt
-    if not rows:
-        return [*lines, ("same GPU, all-reduce v2, CUDA graphs, memory", None, "no step to do")]
-    return lines + gpu_checklist(fleet, schedulers, rows, config.placement.gpus_per_engine)
-
-
-def gpu_checklist(fleet, schedulers, rows, tp):
-    last, ranks = rows[-1], len(fleet.trainers)
-    logs = [engine.read_log() for engine in fleet.engines]
-    used = {reading["all_reduce"] for reading in schedulers}
-    v2 = used == {"CustomAllReduceV2"} if tp > 1 else None
-    graphs = sum(len(log.captured) for log in logs)
+    in_use = {scheduler["all_reduce"] for scheduler in schedulers}
+    v2 = in_use == {"CustomAllReduceV2"} if ranks > len(logs) else None
     registered = [log.registered for log in logs]
-    warm = rows[:2][-1]  # step 0 still takes buffers
-    pairs = [*zip(warm["gib_generate"], last["gib_generate"], strict=True)]
-    pairs += zip(warm["gib_train"], last["gib_train"], strict=True)
-    grown = max(now - then for then, now in pairs)
+    graphs = sum(len(log.captured) for log in logs)
     asleep, awake = max(last["gib_sleep"]), min(last["gib_generate"])
     return [
+        *lines,
         ("same GPU", True, f"trainer and scheduler read one UUID in {ranks} of {ranks} ranks"),
-        ("all-reduce v2", v2, f"schedulers use {used}; inputs registered: {registered}"),
-        ("CUDA graphs captured", graphs == ranks, f"in {graphs} of {ranks} ranks"),
-        ("CUDA graphs replayed", all(log.replayed for log in logs), "by every engine"),
+        ("all-reduce v2", v2, f"schedulers use {in_use}; inputs registered: {registered}"),
+        ("CUDA graphs", graphs == ranks, f"captured in {graphs} of {ranks} ranks"),
         ("memory asleep", asleep < 0.5 * awake, f"{asleep:.2f} of {awake:.2f} GiB"),
-        ("memory does not grow", grown < 0.1, f"{grown:+.3f} GiB after step 1"),
     ]
-
-
-def plot(rows, path):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.5), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, 2), ("reward", "seconds_"), strict=True):
-        for name in rows[-1]:
-            if kind in name:
-                points = [(row["step"], row[name]) for row in rows if name in row]
-                axes.plot(*zip(*points, strict=True), label=name)
-        axes.legend()
-    figure.savefig(path, dpi=110)
 
 
 # ---- 9. One run, and the command line -----------------------------------------------------------
 
 
-def run(config: Config, task: Task, folder: Path):
+def run(config, task, folder):
     """Place, start, train, and write down what was seen."""
     start_time = time.perf_counter()
     group = create_placement_group(config.placement.gpus, config.run.timeout)
@@ -1633,25 +1557,22 @@ def run(config: Config, task: Task, folder: Path):
 
     logs = folder / f"attempt{len(list(folder.glob('attempt*')))}"
     logs.mkdir(parents=True)
-    write_whole(folder / "config.json", json.dumps(asdict(config), indent=2))
+    (folder / "config.new").write_text(json.dumps(asdict(config), indent=2))
+    (folder / "config.new").replace(folder / "config.json")  # nothing can cut it off
     shutil.rmtree(folder / "unfinished", ignore_errors=True)  # a checkpoint that was cut off
     if not config.model.model and not checkpoints(folder):
         write_random_model(config, task, folder / "unfinished")
         finish_checkpoint(folder, {}, 0)
     saved = checkpoints(folder)
     model = str(saved[-1]) if saved else config.model.model
-    done = int(saved[-1].name[-6:]) if saved else 0
+    done = int(model[-6:]) if saved else 0
     print(f"from {model}, {done} of {config.run.steps} steps done", flush=True)
 
-    fleet = start_workers(config, group, plan, logs)
-    schedulers = start(config, fleet, plan, model, done)
+    fleet = make_actors(config, group, plan, logs)
+    schedulers = start(config, fleet, plan, logs, model, done)
     rows = train(config, task, fleet, folder, model, done)
 
-    if not rows:  # nothing was left to do, and the metrics are lost
-        return
-
-    plot(rows, folder / "reward.png")
-    lines = checklist(config, fleet, schedulers, rows, done)
+    lines = checklist(fleet.call(fleet.engines, "read_log"), schedulers, rows)
     seconds = time.perf_counter() - start_time
     summary = {"wall_seconds": seconds, "checklist": lines, "schedulers": schedulers}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2))
@@ -1661,7 +1582,7 @@ def run(config: Config, task: Task, folder: Path):
 
 
 @contextlib.contextmanager
-def ray_session(config: Config, stopped_by: list[int]):
+def ray_session(gpus, stopped_by):
     """Join or start Ray; leave no process. Signals are noted, and raise KeyboardInterrupt."""
     stopping = False
 
@@ -1676,7 +1597,7 @@ def ray_session(config: Config, stopped_by: list[int]):
         # Start Ray here, on loopback only. It counts real GPUs itself; logical ones it is told.
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
         environment["env_vars"] = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-        gpus = config.placement.gpus if config.placement.device == "cpu" else None
+        gpus = None if torch.cuda.is_available() else gpus
         options |= {"address": "local", "include_dashboard": False, "num_gpus": gpus}
     others = set(psutil.Process().children(recursive=True))
     signal.signal(signal.SIGINT, stop)
@@ -1698,7 +1619,7 @@ def ray_session(config: Config, stopped_by: list[int]):
         psutil.wait_procs(children, timeout=10)
 
 
-def read_config(argv: Sequence[str] | None) -> tuple[Config, Path]:
+def read_config(argv):
     """The settings, and the run's folder; to resume, those of the run where none are given."""
     flat = (tyro.conf.OmitArgPrefixes,)
     config = tyro.cli(Config, args=argv, config=flat, description=__doc__)
@@ -1731,7 +1652,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     stopped_by = []
     try:
-        with ray_session(config, stopped_by):
+        with ray_session(config.placement.gpus, stopped_by):
             run(config, task, folder)
         return 0
     except (Exception, KeyboardInterrupt) as error:

@@ -47,6 +47,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
 )
 
 import colocate_rl as c
@@ -122,10 +123,10 @@ def python(*args, cwd, timeout=60, **env):
 
 
 def configured(**settings):
-    """A Config for a CPU, with settings by their own names, whatever group they are of."""
+    """A Config for one GPU, with settings by their own names, whatever group they are of."""
     config = Config()
     groups = [config.run, config.placement, config.model, config.rollout, config.training]
-    for name, value in {"device": "cpu", "gpus": 1, **settings}.items():
+    for name, value in {"gpus": 1, **settings}.items():
         (group,) = (group for group in groups if hasattr(group, name))
         setattr(group, name, value)
     return config
@@ -633,26 +634,6 @@ def test_three_skipped_steps_in_a_row_stop_the_run():
         c.check_rows([made, skipped, skipped, skipped], 0.1, first=False)
 
 
-@pytest.mark.parametrize(
-    ("text", "steps"),
-    [
-        pytest.param('{"step": 0}\n{"step": 1}\n{"step": 2}\n', [0, 1], id="after-the-checkpoint"),
-        pytest.param('{"step": 0}\n{"step": 1}\n{"step": 2, "rew', [0, 1], id="cut-after"),
-        pytest.param('{"step": 0}\n{"step"', [0], id="cut-before"),
-        pytest.param('{"step": 1}\n{"step": 2}\n', [1], id="began-later"),
-        pytest.param("", [], id="empty"),
-        pytest.param(None, [], id="missing"),
-    ],
-)
-def test_metrics_before_the_checkpoint_are_read(tmp_path, capsys, text, steps):
-    if text is not None:
-        (tmp_path / "metrics.jsonl").write_text(text)
-    assert [row["step"] for row in c.read_metrics(tmp_path, 2)] == steps
-    kept = (tmp_path / "metrics.jsonl").read_text()
-    assert [json.loads(line)["step"] for line in kept.splitlines()] == steps
-    assert (f"has {len(steps)} of the 2 steps" in capsys.readouterr().out) == (len(steps) < 2)
-
-
 def test_the_newest_two_checkpoints_and_all_of_the_user_s_are_kept(tmp_path):
     others = ["checkpoint-best", "checkpoint-000001-hf", "checkpoint-1", "my-checkpoint-000001"]
     for name in others:
@@ -670,9 +651,9 @@ def test_the_newest_two_checkpoints_and_all_of_the_user_s_are_kept(tmp_path):
 
 
 def flags(settings):
-    """As words of a command, on a CPU."""
+    """As words of a command."""
     words = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    return ["--device=cpu", *(word.removesuffix("=True") for word in words)]
+    return [word.removesuffix("=True") for word in words]
 
 
 def refusal(command, capsys):
@@ -768,7 +749,7 @@ def test_all_problems_come_at_once(capsys, changes, options):
         pytest.param("--resume runs/none", ["runs/none/config.json", "--resume"], id="no-run"),
         pytest.param("--model ./nothing/here", ["--model", "nothing/here"], id="no-model"),
         pytest.param(
-            "--device cpu --gpus 3 --gpus-per-engine 2 --dry-run",
+            "--gpus 3 --gpus-per-engine 2 --dry-run",
             ["--gpus is 3; expected a multiple of --gpus-per-engine, 2"],
             id="no-whole-engines",
         ),
@@ -799,7 +780,7 @@ def test_an_environment_that_cannot_work_is_refused(
         named = f"TMPDIR is '{value}'"
     monkeypatch.setattr(tempfile, "tempdir", None)  # read it again
     monkeypatch.setenv(name, str(value))
-    message = refusal(["--device", "cpu", "--gpus", gpus], capsys)
+    message = refusal(["--gpus", gpus], capsys)
     assert named in message, message
 
 
@@ -823,7 +804,7 @@ def test_a_resumed_run_has_its_own_settings_where_none_are_given(tmp_path):
     assert folder == tmp_path
     run, training = config.run, config.training
     assert (run.steps, run.seed, config.rollout.temperature, training.compile) == (9, 0, 0.5, False)
-    assert config.placement.device == "cpu"
+    assert config.placement.gpus == 1
 
 
 def test_import_only_defines(tmp_path):
@@ -991,7 +972,7 @@ def test_a_model_that_cannot_be_trained_is_refused(
     folder = shutil.copytree(chat_model, tmp_path / "model")
     change(folder)
     capsys.readouterr()
-    message = refusal(["--device", "cpu", "--model", str(folder), *options], capsys)
+    message = refusal(["--model", str(folder), *options], capsys)
     assert named in message, message
     assert not (tmp_path / "runs").exists()
 
@@ -1091,13 +1072,10 @@ def registering(count):
 )
 def test_the_engine_s_log_tells_the_outcomes_apart(log, captured, registered, fault):
     found = c.parse_engine_log(log + PREFILL)
-    assert found[:3] == (captured, registered, None)
+    assert found[:2] == (captured, registered)
     assert fault in found.fault and bool(fault) == bool(found.fault)
     line, *causes = found.fault.splitlines() or [""]
     assert line in log and len(causes) == (fault in ("CUDA IPC cannot export", "physical id"))
-    without = DECODE.replace("True", "False")
-    assert c.parse_engine_log(log + PREFILL + without).replayed is False
-    assert c.parse_engine_log(log + PREFILL + without + DECODE).replayed is True
 
 
 def test_a_log_with_long_lines_is_read_at_once():
@@ -1236,7 +1214,7 @@ def test_placement_that_cannot_be_is_refused_in_time(cluster, case, numbers):
 
 def test_dry_run_prints_the_mapping_and_leaves_nothing(tmp_path):
     without_gpus()
-    options = ["--dry-run", "--gpus", "4", "--gpus-per-engine", "2", "--device", "cpu"]
+    options = ["--dry-run", "--gpus", "4", "--gpus-per-engine", "2"]
     env = {"CUDA_VISIBLE_DEVICES": "4,5,6,7", "RAY_ADDRESS": "local"}
     done = python(str(MODULE), *options, cwd=tmp_path, timeout=400, **env)
     assert done.returncode == 0, done.stderr
@@ -1437,10 +1415,9 @@ def test_main_job_learns(main_job):
         "checkpoint-000040",
         "checkpoint-000050",
     ]
-    assert (folder / "reward.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "config.json").read_text())["run"]["seed"] == 0
-    assert [right for _, right, _ in summary["checklist"]] == [True] * 4 + [None]
-    assert "[x] training steps" in output
+    assert [right for _, right, _ in summary["checklist"]] == [True] * 3 + [None]
+    assert "[x] held-out reward" in output
 
 
 def test_each_step_prints_one_short_line_and_no_library_anything(main_job):
@@ -1649,7 +1626,7 @@ def test_a_run_cut_by_sigterm_resumes_to_the_same_bits(main_job, tmp_path):
 
 
 def test_a_model_folder_is_trained_resumed_and_saved_with_its_files(chat_model, tmp_path):
-    """The verifier fails after the first checkpoint; then the metrics are lost as well."""
+    """The verifier fails after the first checkpoint, which brings lost metrics back."""
     model = shutil.copytree(chat_model, tmp_path / "model")
     with_a_far_token(model)
     settings = '{"early_stopping": true, "length_penalty": 0.5,  "do_sample": false, "top_p": 0.9}'
@@ -1666,8 +1643,8 @@ def test_a_model_folder_is_trained_resumed_and_saved_with_its_files(chat_model, 
     command = f"{command_to_go_on(output, tmp_path)} --steps 4"
     resumed = Job(tmp_path, command=["bash", "-c", command], **env)
     status, output = resumed.end(400)
-    assert status == 0 and "has 0 of the 2 steps before the checkpoint" in output, output
-    assert [row["step"] for row in resumed.rows()] == [2, 3]
+    assert status == 0, output
+    assert [row["step"] for row in resumed.rows()] == [0, 1, 2, 3]
     checkpoint = run / "checkpoint-000004"
     for path in model.iterdir():
         if path.suffix != ".safetensors":
@@ -2426,7 +2403,7 @@ def test_bad_numbers_change_nothing(two_actors, odd_model, tmp_path):
 @pytest.mark.long
 def test_compiled_training_is_the_same_but_for_rounding(two_actors, odd_model, tmp_path):
     found = []
-    for name, changes in (("eager", {}), ("compiled", {"compile": True, "offload": False})):
+    for name, changes in (("eager", {}), ("compiled", {"compile": True})):
         with two_actors(tmp_path / name, 1, odd_model, **changes) as call:
             ((said,),) = train_on(call, BATCHES[:1])
             found.append((said, saved(call, tmp_path / f"saved {name}")))
@@ -2527,10 +2504,10 @@ def finished(job, limit_s=500):
     for log in job.folder.glob("runs/*/attempt0/engine*.log"):
         assert "WARNING: syncs run" not in log.read_text()
     checklist = {what: right for what, right, _ in summary["checklist"]}
-    assert checklist["CUDA graphs captured"] and checklist["CUDA graphs replayed"]
+    assert checklist["CUDA graphs"]
     # Two steps teach nothing, and the memory in use is that of all jobs.
     wrong = {what for what, right in checklist.items() if right is False}
-    assert wrong <= {"held-out reward", "memory asleep", "memory does not grow"}, wrong
+    assert wrong <= {"held-out reward", "memory asleep"}, wrong
     return summary
 
 
@@ -2640,7 +2617,7 @@ def send(engine, payloads, load_format):
     from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
 
     request = UpdateWeightsFromTensorReqInput(
-        serialized_named_tensors=payloads or [pickle.dumps([])] * len(engine.uuids),
+        serialized_named_tensors=payloads or [pickle.dumps([])] * len(engine.placement.bundles),
         load_format=load_format,
         flush_cache=False,
     )
@@ -2714,6 +2691,11 @@ class Capture(NamedTuple):
     def report(self):
         return c.parse_engine_log(self.log.read_text(errors="replace"))
 
+    def replayed(self):
+        """Whether decode batches ran with a graph."""
+        log = self.log.read_text(errors="replace")
+        return set(re.findall(r"Decode batch.*graph: (\w+)", log)) == {"True"}
+
     def all_reduce(self):
         return set(re.findall(r"^all-reduce: (\w+)", self.log.read_text(errors="replace"), re.M))
 
@@ -2740,16 +2722,23 @@ def captured(request, tmp_path_factory):
     """
     tp, folder = request.param, tmp_path_factory.mktemp("captured")
     write_qwen3("wide", folder)
-    (folder / "engine_loaders.py").write_text(ENGINE_LOADERS)
     start_ray()
     group = c.create_placement_group(tp, 60)
     place = c.plan_engines(c.probe_bundles(group, 120), tp)[0]
     args = c.engine_args(place, str(folder), 512)
-    args["custom_weight_loader"] += LOADER_NAMES
     args |= {"max_total_tokens": 80_000, GRAPH_SIZES: [8, 512]}
+    yield tp, start_engines(CAPTURES, folder, group, place, args)
+    ray.shutdown()
+
+
+def start_engines(cases, folder, group, place, args):
+    """A Capture of each case; all of them start at once."""
+    args["custom_weight_loader"] += LOADER_NAMES
     args["mem_fraction_static"] = 0.9  # of what the other engines leave
+    args["decode_log_interval"] = 4
+    (folder / "engine_loaders.py").write_text(ENGINE_LOADERS)
     engines, starts = {}, {}
-    for name, (changes, env, guard) in CAPTURES.items():
+    for name, (changes, env, guard) in cases.items():
         # The other engines fill the GPUs unequally.
         env = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"} | c.ONE_LIST | env
         options = c.on_bundle(group, 0, 0.1) | {"runtime_env": {"env_vars": env}}
@@ -2767,8 +2756,7 @@ def captured(request, tmp_path_factory):
         except c.EngineError as failure:
             error = str(failure)
         result[name] = Capture(engines[name], error, folder / f"{name}.log")
-    yield tp, result
-    ray.shutdown()
+    return result
 
 
 EXPORT_FAULT = r"custom_all_reduce.cuh:\d+: CUDA error: invalid argument"
@@ -2838,22 +2826,109 @@ def test_greedy_tokens_are_equal_with_and_without_graphs(captured):
             assert share > 0.5
 
 
-def test_graphs_with_registered_inputs_give_the_same_tokens_through_sleep_and_wake(captured):
-    resident = captured[1]["resident"]
-    engine = resident.engine
-    if c.SGLANG.release < (0, 5, 14):
-        assert resident.report().registered > 0
-    prompts = [[500 + row, 50, 7 * row + 2, 9] for row in range(64)]
+def assert_same_tokens_through_sleep_and_wake(capture, rounds):
+    """Greedy tokens of 64 prompts, by decode batches that use the graph which registers."""
+    engine, prompts = capture.engine, [[500 + row, 50, 7 * row + 2, 9] for row in range(64)]
     in_actors([engine], send, None, "engine_loaders.keep")
     before = greedy(engine, prompts, 16)
-    for number in range(10):
+    for number in range(rounds):
         c.wait_for([engine.sleep.remote()], 60, "sleep")
         c.wait_for([engine.wake.remote()], 60, "wake")
         in_actors([engine], send, None, "engine_loaders.restore")
         share = equal_tokens(greedy(engine, prompts, 16), before)
         print(f"\nround {number}: {100 * share:.1f} % of tokens equal")
         assert share > 0.5
-    assert resident.report().replayed
+    assert capture.replayed()
+
+
+def test_graphs_with_registered_inputs_give_the_same_tokens_through_sleep_and_wake(captured):
+    resident = captured[1]["resident"]
+    if c.SGLANG.release < (0, 5, 14):
+        assert resident.report().registered > 0
+    assert_same_tokens_through_sleep_and_wake(resident, 10)
+
+
+# Qwen3-30B-A3B, the model with which the fault was reported.
+QWEN3_30B_A3B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "rope_theta": 1e6,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": False,
+    "eos_token_id": 151645,
+}
+
+
+@pytest.mark.gpu
+@skip_below(4)
+def test_the_reported_engine_starts_with_the_guard_and_fails_without(tmp_path):
+    """Of TP=4, with dummy weights."""
+    Qwen3MoeConfig(**QWEN3_30B_A3B).save_pretrained(tmp_path)
+    start_ray()
+    group = c.create_placement_group(4, 60)
+    place = c.plan_engines(c.probe_bundles(group, 120), 4)[0]
+    args = c.engine_args(place, str(tmp_path), 512)
+    args |= {"load_format": "dummy", "max_total_tokens": 80_000}
+    cases = {name: CAPTURES[name] for name in ("resident", "saver, guard off")}
+    started = start_engines(cases, tmp_path, group, place, args)
+    guarded, failed = started["resident"], started["saver, guard off"]
+    print("\nguard on:", guarded.report(), "\nguard off:", failed.error)
+    assert guarded.error is None and guarded.all_reduce() == {"CustomAllReduceV2"}
+    assert guarded.report().captured == list(range(4))
+    if c.SGLANG.release < (0, 5, 14):
+        assert guarded.report().registered > 0
+    if c.SGLANG.release < (0, 5, 15):
+        assert re.search(EXPORT_FAULT, failed.error), failed.error
+    assert_same_tokens_through_sleep_and_wake(guarded, 2)
+    ray.shutdown()
+
+
+MIXTURE = """
+import sys
+import colocate_rl as c
+
+def write_mixture(config, task, folder):
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(config.run.seed)
+    model_config = Qwen3MoeConfig(**SHAPE)
+    with torch.device("cuda"):
+        Qwen3MoeForCausalLM._from_config(model_config, dtype=torch.bfloat16).save_pretrained(folder)
+    torch.cuda.empty_cache()
+    task.tokenizer.save_pretrained(folder)
+
+c.write_random_model = write_mixture
+sys.exit(c.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("tp", [gpu_case(tp, tp, id=f"tp{tp}") for tp in (2, 4)])
+def test_a_mixture_of_the_reported_proportions_trains(tmp_path, tp):
+    free_gpus()
+    of_task = {"vocab_size": 16, "eos_token_id": 1, "pad_token_id": 0}
+    shape = QWEN3_30B_A3B | of_task | {"num_hidden_layers": 2, "max_position_embeddings": 4096}
+    script = MIXTURE.replace("SHAPE", repr(shape))
+    options = ["--gpus", str(tp), "--gpus-per-engine", str(tp), "--steps", "10"]
+    options += ["--learning-rate", "3e-5", "--max-logprob-difference", "0.1"]
+    job = Job(tmp_path, *options, on_gpus=True, script=script)
+    status, output = job.end(500)
+    print(output[-3000:])
+    assert status == 0, output
+    (engine_log,) = tmp_path.glob("runs/*/attempt0/engine0.log")
+    print(re.findall("WARNING: syncs run.*", engine_log.read_text()))
+    for what, right, reading in summary_of(job)["checklist"]:
+        assert right, (what, reading)
 
 
 class SmallModel(torch.nn.Module):
@@ -3007,10 +3082,14 @@ def test_a_qwen3_of_600_million_parameters_learns(tmp_path, tp):
     status, output = job.end(600)
     print(output[-3000:])
     assert status == 0, output
+    rows = job.rows()
+    for phase in ("sleep", "train", "generate"):  # step 0 still takes buffers
+        used = f"gib_{phase}"
+        pairs = zip(rows[1][used], rows[-1][used], strict=True)
+        assert max(now - then for then, now in pairs) < 0.1, phase
     for what, right, reading in summary_of(job)["checklist"]:
         unused = what == "all-reduce v2" and tp == 1
         assert right or unused and right is None, (what, reading)
-    rows = job.rows()
     assert rows[-1]["heldout_reward"] > rows[0]["heldout_reward_before"] + 0.3
     trained = sorted(row["seconds_train"] for row in rows[5:])
     whole = sorted(
@@ -3024,7 +3103,7 @@ def test_a_qwen3_of_600_million_parameters_learns(tmp_path, tp):
 def trainers_on_gpus(folder, ranks, model, **settings):
     """Trainers without engines, started: a function that calls all of them, and the actors."""
     folder.mkdir()
-    config = configured(device="cuda", gpus=ranks, timeout=400.0, **settings)
+    config = configured(gpus=ranks, timeout=400.0, **settings)
     group = c.create_placement_group(ranks, 60)
     actors = []
     for rank, bundle in enumerate(c.plan_engines(c.probe_bundles(group, 120), ranks)[0].bundles):
@@ -3050,7 +3129,7 @@ def trainers_on_gpus(folder, ranks, model, **settings):
 def trained_on_gpus(tmp_path_factory):
     """By name: metrics of two steps on the same batch, and the weights after them, in fp32."""
     folder = tmp_path_factory.mktemp("trained")
-    config = configured(device="cuda")
+    config = configured()
     c.write_random_model(config, c.echo_task(config), folder / "model")
     torch.manual_seed(0)
     samples = []
@@ -3064,7 +3143,7 @@ def trained_on_gpus(tmp_path_factory):
         ("one", 1, {}),
         ("one, compiled", 1, {"compile": True}),
         ("two", 2, {"micro_batch": 6}),
-        ("two, compiled", 2, {"compile": True, "offload": False}),
+        ("two, compiled", 2, {"compile": True}),
     ]:
         at = folder / name.replace(", ", "-")
         with trainers_on_gpus(at, ranks, folder / "model", **changes) as (call, _):
@@ -3275,7 +3354,7 @@ def test_training_step(small_qwen3, tmp_path, ranks):
     """Trainers alone: 128 sequences of 320 tokens in all, in micro-batches of 32."""
     start_ray()
     rows, batch = [], training_batch(128)
-    settings = {"micro_batch": 32, "updates_per_step": 1, "offload": False, "learning_rate": 1e-6}
+    settings = {"micro_batch": 32, "updates_per_step": 1, "learning_rate": 1e-6}
     try:
         for compiled in (True, False):
             how = "compiled" if compiled else "eager"
@@ -3309,7 +3388,6 @@ def test_training_step(small_qwen3, tmp_path, ranks):
 
 def free_memory(trainer):
     """In a trainer that is not needed itself: only its device and its process group are."""
-    trainer.config.training.offload = True
     trainer.offload()
     c.resize(trainer.weights, 0)
     torch.cuda.empty_cache()
@@ -3327,12 +3405,6 @@ class Colocated(NamedTuple):
     model: str
     folder: Path
     group: Any
-
-    def engines(self):
-        return [worker.actor for worker in self.fleet.engines]
-
-    def trainers(self):
-        return [worker.actor for worker in self.fleet.trainers]
 
     def sleep(self):
         """As after a rollout."""
@@ -3393,7 +3465,6 @@ def colocated(request, tmp_path_factory):
     write_qwen3(shape, folder / "model")
     (folder / "engine_loaders.py").write_text(ENGINE_LOADERS)
     config = configured(
-        device="cuda",
         gpus=tp * engines,
         gpus_per_engine=tp,
         context_length=1024,
@@ -3412,21 +3483,9 @@ def colocated(request, tmp_path_factory):
     group = c.create_placement_group(config.placement.gpus, 60)
     plan = c.plan_engines(c.probe_bundles(group, 120), tp)
 
-    def worker(kind, name, bundle, share, *args):
-        log = folder / f"{name}.log"
-        log.touch()
-        options = c.on_bundle(group, bundle.index, share)
-        return c.Worker(ray.remote(kind).options(**options).remote(str(log), *args), log)
-
-    places = [(f"engine{p.engine}", p.bundles[0], c.ENGINE_SHARE, p) for p in plan]
-    bundles = enumerate(bundle for place in plan for bundle in place.bundles)
-    fleet = c.Fleet(
-        [worker(c.Engine, *place) for place in places],
-        [worker(c.Trainer, f"trainer{i}", b, c.TRAINER_SHARE, i, b, config) for i, b in bundles],
-        config.run.timeout,
-    )
+    fleet = c.make_actors(config, group, plan, folder)
     case = Colocated(shape, tp, config, task, fleet, plan, str(folder / "model"), folder, group)
-    in_actors(case.engines(), prepare, str(folder), None)
+    in_actors(case.fleet.engines, prepare, str(folder), None)
     engine_args = c.engine_args
 
     def with_loaders(*args, **named):
@@ -3435,7 +3494,7 @@ def colocated(request, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(c, "engine_args", with_loaders)
-        c.start(config, fleet, plan, case.model, 0)
+        c.start(config, fleet, plan, folder, case.model, 0)
     yield case
     ray.shutdown()
     shutil.rmtree(folder)
@@ -3484,9 +3543,9 @@ def sync_as_peers(case, limit):
     """To the one engine of a case."""
     start = 0
     while start is not None:
-        found = in_actors(case.trainers(), gathered, start, limit)
+        found = in_actors(case.fleet.trainers, gathered, start, limit)
         handles, start = [handle for handle, _ in found], found[0][1]
-        in_actors(case.engines(), send, handles, "flattened_bucket" if limit else None)
+        in_actors(case.fleet.engines, send, handles, "flattened_bucket" if limit else None)
 
 
 def forget(trainer):
@@ -3502,10 +3561,10 @@ def test_weight_sync(colocated):
     colocated.wake_weights()
 
     def seconds_of(loader):
-        call = functools.partial(in_actors, colocated.engines(), send, None)
+        call = functools.partial(in_actors, colocated.fleet.engines, send, None)
         return times(functools.partial(call, f"engine_loaders.{loader}"), rounds=15)
 
-    one_copy = in_actors(colocated.trainers(), copies_of_weights, tp)[0]
+    one_copy = in_actors(colocated.fleet.trainers, copies_of_weights, tp)[0]
     print(f"\nweight sync, Qwen3-{shape}, TP={tp}")
     table(
         ["", "ms: median (least - most)"],
@@ -3521,7 +3580,7 @@ def test_weight_sync(colocated):
         rounds = 7 if shape == "0.6B" else 3
         seconds = times(functools.partial(sync_as_peers, colocated, limit), warm=1, rounds=rounds)
         table([name, spread(seconds)])
-        in_actors(colocated.trainers(), forget)
+        in_actors(colocated.fleet.trainers, forget)
     colocated.end_of_step()
 
 
@@ -3576,15 +3635,15 @@ def test_sleep_and_wake(colocated):
             start = time.perf_counter()
             fleet.call(fleet.engines, name)
             rounds[name].append(time.perf_counter() - start)
-        alone = in_actors(colocated.engines(), sleep_and_wake)[0]
+        alone = in_actors(colocated.fleet.engines, sleep_and_wake)[0]
         for name, seconds in zip(list(rounds)[2:], alone, strict=True):
             rounds[name].append(seconds)
     print(f"\nengine sleep and wake, all tags, Qwen3-{shape}, TP={tp}")
     cells = [[name, spread(seconds[2:])] for name, seconds in rounds.items()]
     table(["", "ms: median (least - most)"], *cells)
     colocated.sleep()
-    to_device, to_host = in_actors(colocated.trainers(), moves)[0]
-    size, pinned_to_host, pinned_to_device = in_actors(colocated.trainers(), pinned_copies)[0]
+    to_device, to_host = in_actors(colocated.fleet.trainers, moves)[0]
+    size, pinned_to_host, pinned_to_device = in_actors(colocated.fleet.trainers, pinned_copies)[0]
     print(f"\ntrainer's state, Qwen3-{shape}, {tp} rank(s), {size / 1e9:.2f} GB a rank")
     table(
         ["", "ms: median (least - most)", "GB/s"],
@@ -3733,9 +3792,9 @@ def test_a_whole_step(colocated, monkeypatch):
     print(f"neither generation nor training: {100 * median(rest):.1f} % of the step")
 
     spans = noted_phases(monkeypatch)
-    in_actors(colocated.trainers(), start_trace)
+    in_actors(colocated.fleet.trainers, start_trace)
     colocated.steps(1)
-    events, longest = in_actors(colocated.trainers(), end_trace)[0]
+    events, longest = in_actors(colocated.fleet.trainers, end_trace)[0]
     names = [name for name, _, _ in spans]
     Path("runs").mkdir(exist_ok=True)
     draw(spans[: names.index("wake") + 1], events, "runs/timeline.png")
