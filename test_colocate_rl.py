@@ -2585,7 +2585,7 @@ import torch
 from sglang.srt.distributed.parallel_state import get_tp_group
 
 def report(model, _):
-    print("all-reduce:", type(get_tp_group().ca_comm).__name__, flush=True)
+    print(f"\\nall-reduce: {type(get_tp_group().ca_comm).__name__}", flush=True)
 
 def keep(model, _):
     model.kept = [parameter.detach().cpu() for parameter in model.parameters()]
