@@ -529,6 +529,7 @@ def engine_args(
     if placement.bundles[0].uuid is None:
         return args | {
             "device": "cpu",
+            "base_gpu_id": 0,  # from 0.5.19 on the number of a NUMA node, too
             "dtype": "float32",
             "max_running_requests": max_running_requests,
             "disable_radix_cache": True,  # a resumed run has other prefixes in it
@@ -577,6 +578,8 @@ class Engine:
             # actor at once, and the reason with it.
             self.engine = SGLangEngine(**args, custom_sigquit_handler=signal.SIG_IGN)
             self.engine.freeze_gc()
+            if SGLANG >= Version("0.5.21"):  # takes weights only in a session, which stays open
+                self.engine.begin_weight_update()
         except Exception as error:
             fault = parse_engine_log(self.log.read_text(errors="replace")).fault
             raise EngineError(f"{self.name} did not start ({error}): {fault}") from error
@@ -675,6 +678,14 @@ def log_to(path: str):
         os.dup2(file.fileno(), 2)
 
 
+# Whatever is imported from the stub is None. Sleep synchronizes the "current accelerator", which
+# torch 2.14 takes for CUDA where it only was built for it.
+CPU_STUB = """import torch
+torch.cuda.synchronize = torch.cpu.synchronize
+__getattr__ = {}.get
+"""
+
+
 def prepare_cpu_engine(folder: str):
     """Let SGLang be imported without libcuda.
 
@@ -682,8 +693,8 @@ def prepare_cpu_engine(folder: str):
     """
     package = Path(folder) / "sgl_kernel"
     package.mkdir(parents=True, exist_ok=True)
-    (package / "__init__.py").touch()
-    (package / "kvcacheio.py").write_text("__getattr__ = {}.get")  # whatever is imported is None
+    (package / "__init__.py").write_text(CPU_STUB)
+    (package / "kvcacheio.py").write_text(CPU_STUB)
     sys.path.insert(0, folder)  # child processes inherit it
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     # All requests of a batch start together, so that a run repeats to the bit.
