@@ -586,8 +586,6 @@ class Engine:
             # actor at once, and the reason with it.
             self.engine = SGLangEngine(**args, custom_sigquit_handler=signal.SIG_IGN)
             self.engine.freeze_gc()
-            if Version("0.5.21") <= SGLANG:  # takes weights only in a session; it stays open
-                self.engine.begin_weight_update()
         except Exception as error:
             fault = parse_engine_log(self.log.read_text(errors="replace")).fault
             raise EngineError(f"{self.name} did not start ({error}): {fault}") from error
@@ -595,6 +593,8 @@ class Engine:
         # default comes back: the death of any of its processes ends this actor, at once.
         self.engine.flush_cache()
         signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+        if hasattr(self.engine, "begin_weight_update"):  # from 0.5.21 on, for the whole run
+            self.engine.begin_weight_update()
 
     def memory_used(self) -> list[float]:
         """GiB in use on each of the engine's GPUs, by whomever; none on a CPU."""
