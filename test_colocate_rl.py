@@ -2141,6 +2141,8 @@ def test_nvlink_multicast_stays_off_where_it_is_turned_off(fleet):
         scheduler = psutil.Process(reading["pid"])
         for process in (scheduler, scheduler.parent()):
             assert NO_MULTICAST.items() <= process.environ().items()
+    for variables in fleet.train("__ray_call__", lambda trainer: dict(os.environ)):
+        assert NO_MULTICAST.items() <= variables.items()
 
 
 def test_generate_returns_ids_logprobs_version_and_what_ended_it(fleet):
