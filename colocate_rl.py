@@ -133,7 +133,7 @@ class Config:
 
 
 def check_numbers(config: Config) -> list[str]:
-    """Every number out of range; each message names the option, its value and what was expected."""
+    """Every number out of range, SGLang's version too, by name, value and what was expected."""
     limits = {
         "steps": (1, 999_999),
         "seed": (0, 2**32 - 1),
@@ -147,6 +147,8 @@ def check_numbers(config: Config) -> list[str]:
             if type(value) in (int, float) and not low <= value <= high:
                 option = name.replace("_", "-")
                 problems.append(f"--{option} is {value}; expected {low:g} to {high:g}")
+    if SGLANG < OLDEST:
+        problems.append(f"sglang is {SGLANG}; expected {OLDEST} or later, with all-reduce v2 on")
     return problems
 
 
@@ -429,7 +431,13 @@ def wait_for(refs: list, timeout_s: float, what: str, watch: Sequence[Any] = ())
 
 # ---- 4. Engine: one Ray actor a SGLang engine, and what runs in its scheduler processes ---------
 
+# All of SGLang that this file uses and that is not documented for users. Each was seen in
+# 0.5.12.post1, 0.5.17 and 0.5.23: of Engine run_scheduler_process_func, custom_sigquit_handler,
+# loop, and tokenizer_manager with its flush_cache and update_weights_from_tensor; the request
+# UpdateWeightsFromTensorReqInput; run_scheduler_process; get_tp_group, of which rank_in_group and
+# ca_comm with `disabled`; the variables named SGLANG_...; the lines that parse_engine_log reads.
 SGLANG = Version(importlib.metadata.version("sglang"))
+OLDEST, NEWEST = Version("0.5.12"), Version("0.5.23")  # of the versions that it ran with
 MEMORY_TAGS = ("kv_cache", "weights", "cuda_graph")  # SGLang's names for what can sleep
 # In an engine's log, with cause and remedy. These two were taken for one and the same fault.
 ENGINE_FAULTS = {
@@ -516,6 +524,7 @@ def engine_args(
     if placement.bundles[0].uuid is None:
         return args | {
             "device": "cpu",
+            "base_gpu_id": 0,  # from 0.5.19 on the number of a NUMA node, too
             "dtype": "float32",
             "max_running_requests": max_running_requests,
             "disable_radix_cache": True,  # a resumed run has other prefixes in it
@@ -570,6 +579,8 @@ class Engine:
         # default comes back: the death of any of its processes ends this actor, at once.
         self.engine.flush_cache()
         signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+        if hasattr(self.engine, "begin_weight_update"):  # from 0.5.21 on, for the whole run
+            self.engine.begin_weight_update()
 
     def read_log(self) -> EngineLog:
         return parse_engine_log(self.log.read_text(errors="replace"))
@@ -659,15 +670,23 @@ def log_to(path: str):
         os.dup2(file.fileno(), 2)
 
 
+# Every name in it is None. To release memory SGLang waits for torch's default device, and that is
+# CUDA from torch 2.14 on, even without a driver.
+CPU_STUB = """
+import sys, torch
+sys.modules["sgl_kernel.kvcacheio"] = sys.modules["sgl_kernel"]
+torch.cuda.synchronize = torch.cpu.synchronize
+__getattr__ = {}.get
+"""
+
+
 def prepare_cpu_engine(folder: str):
     """Let SGLang be imported without libcuda.
 
     A stub stands for `sgl_kernel`, of which a CPU engine calls nothing.
     """
-    package = Path(folder) / "sgl_kernel"
-    package.mkdir(parents=True, exist_ok=True)
-    (package / "__init__.py").touch()
-    (package / "kvcacheio.py").write_text("__getattr__ = {}.get")  # whatever is imported is None
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder, "sgl_kernel.py").write_text(CPU_STUB)
     sys.path.insert(0, folder)  # child processes inherit it
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     # All requests of a batch start together, so that a run repeats to the bit.
@@ -729,7 +748,7 @@ def map_weights(model, named_tensors):
 
 def print_reading():
     """What this scheduler process uses, not what it was told."""
-    from sglang.srt.distributed.parallel_state import get_tp_group
+    from sglang.srt.distributed import get_tp_group
 
     group = get_tp_group()
     in_use = group.ca_comm and not group.ca_comm.disabled
@@ -1548,6 +1567,8 @@ def checklist(logs, schedulers, rows):
 def run(config, task, folder):
     """Place, start, train, and write down what was seen."""
     start_time = time.perf_counter()
+    if SGLANG > NEWEST:
+        print(f"sglang is {SGLANG}; nothing later than {NEWEST} was tried")
     group = create_placement_group(config.placement.gpus, config.run.timeout)
     bundles = probe_bundles(group, config.run.timeout)
     plan = plan_engines(bundles, config.placement.gpus_per_engine)

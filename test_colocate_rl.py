@@ -784,6 +784,26 @@ def test_an_environment_that_cannot_work_is_refused(
     assert named in message, message
 
 
+@pytest.mark.parametrize(
+    ("version", "status", "line"),
+    [
+        ("0.5.11", 2, "sglang is 0.5.11; expected 0.5.12 or later, with all-reduce v2 on"),
+        ("0.5.24rc1", 0, "sglang is 0.5.24rc1; nothing later than 0.5.23 was tried"),
+    ],
+)
+def test_a_version_of_sglang_that_was_not_tried_is_named(tmp_path, version, status, line):
+    """As if another version were installed; between the two, test_dry_run has no such line."""
+    without_gpus()
+    metadata = tmp_path / "packages" / f"sglang-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text(f"Metadata-Version: 2.1\nName: sglang\nVersion: {version}\n")
+    packages = str(tmp_path / "packages")
+    done = python(str(MODULE), "--dry-run", cwd=tmp_path, timeout=400, PYTHONPATH=packages)
+    assert done.returncode == status, done.stderr
+    lines = (done.stderr if status else done.stdout).splitlines()
+    assert lines[0] == line and len(lines) == (1 if status else 2)
+
+
 def test_help_names_every_setting_in_groups(capsys):
     with pytest.raises(SystemExit) as end:
         c.main(["--help"])
@@ -992,9 +1012,6 @@ END = "".join(
     f"{bar}{AT} TP{rank}] Capture cuda graph end. Time elapsed: 2.4 s.\n"
     for rank, bar in enumerate(("", BAR))
 )
-DECODE = (
-    f"{AT} TP0] Decode batch, #running-req: 8, #token: 336, token usage: 0.0, cuda graph: True\n"
-)
 PREFILL = (
     f"{AT} TP0] Prefill batch, #new-seq: 3, #running-req: 1, #queue-req: 0, cuda graph: True\n"
 )
@@ -1017,12 +1034,32 @@ torch.AcceleratorError: CUDA error: invalid device ordinal
 GPU device may be out of range, do you have enough GPUs?
 CUDA kernel errors might be asynchronously reported at some other API call.
 """
+# The same of later versions; of 0.5.22 on, the sizes stand on the line that ends a capture.
 NEWER = "".join(
-    f"{AT} TP{rank}] Capture target decode CUDA graph begin. bs=[8, 512], avail mem=9 GB\n"
-    f"{AT} TP{rank}] Capture target decode CUDA graph end. elapsed=2.36 s\n"
+    f"{AT} TP{rank}] Capture target decode CUDA graph begin. backend=full, num_tokens_per_req=1, "
+    f"bs=[8, 512], avail mem=96.31 GB\n"
+    f"{AT} TP{rank}] Capture target decode CUDA graph end. elapsed=2.36 s, mem usage=0.31 GB, "
+    "avail mem=96.00 GB.\n"
     for rank in (0, 1)
 )
-BY_HANDLE = f"{AT} TP0] Registered 9 cuda graph addresses via POSIX fd handles\n"
+NEWEST = re.sub(r"(num_tokens_per_req=1), (bs=.*?\]), (.*\n.* end\.)", r"\1, \3 \2,", NEWER)
+BY_HANDLE = (
+    f"{AT} TP0] Registered 9 cuda graph addresses via POSIX fd handles (2 unique allocations) "
+    "in 1.2 ms\n"
+)
+
+
+def not_exported(line):
+    """The end of a scheduler of 0.5.16 on."""
+    failed = f"Failed at sglang/kernels/jit/csrc/distributed/ipc.cuh:{line}: "
+    failed += "CUDA error: invalid argument\n"
+    return (
+        f"{AT} TP0] Scheduler hit an exception: Traceback (most recent call last):\n"
+        f"RuntimeError: {failed}\n"
+        "During handling of the above exception, another exception occurred:\n\n"
+        f"Exception: Capture cuda graph failed: {failed}Possible solutions:\n"
+        f"2. set --cuda-graph-max-bs-decode to a smaller value (e.g., 16)\n"
+    )
 
 
 def registering(count):
@@ -1039,7 +1076,15 @@ def registering(count):
         pytest.param(BEGIN + SIZES, [], None, "", id="not-to-the-end"),
         pytest.param(NOT_EXPORTED, [], None, "CUDA IPC cannot export", id="not-exported"),
         pytest.param(WRONG_INDEX, [], None, "physical id", id="wrong-index"),
-        pytest.param(NEWER, [0, 1], None, "", id="0.5.15"),
+        pytest.param(NEWER, [0, 1], None, "", id="0.5.17"),
+        pytest.param(NEWEST, [0, 1], None, "", id="0.5.23"),
+        pytest.param(NEWEST.replace(" end.", " x."), [], None, "", id="0.5.23-not-to-the-end"),
+        pytest.param(
+            not_exported(142), [], None, "CUDA IPC cannot export", id="0.5.17-not-exported"
+        ),
+        pytest.param(
+            not_exported(144), [], None, "CUDA IPC cannot export", id="0.5.23-not-exported"
+        ),
         pytest.param(V2 + SIZES + BY_HANDLE + END, [0, 1], 9, "", id="0.5.15-expandable"),
         pytest.param(f"{AT}] Capture cuda graph end.\n", [0], None, "", id="one-gpu"),
         pytest.param("ValueError: a: x\nReceived\n", [], None, "ValueError: a: x", id="unknown"),
@@ -2065,6 +2110,8 @@ def test_nvlink_multicast_stays_off_where_it_is_turned_off(fleet):
         scheduler = psutil.Process(reading["pid"])
         for process in (scheduler, scheduler.parent()):
             assert NO_MULTICAST.items() <= process.environ().items()
+    for variables in fleet.train("__ray_call__", lambda trainer: dict(os.environ)):
+        assert NO_MULTICAST.items() <= variables.items()
 
 
 def test_generate_returns_ids_logprobs_version_and_what_ended_it(fleet):
