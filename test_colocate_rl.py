@@ -1913,6 +1913,73 @@ def test_two_engines_and_two_trainer_ranks_on_two_nodes(tmp_path):
         assert not left_behind(30)
 
 
+@contextlib.contextmanager
+def two_networks():
+    """Two network namespaces of this machine, joined by a cable: the names of both."""
+    names = [f"node{side}-{os.getpid()}" for side in "ab"]
+    commands = [f"ip netns add {name}" for name in names]
+    commands += [f"ip link add net0 netns {names[0]} type veth peer name net0 netns {names[1]}"]
+    for name, address in zip(names, ("10.77.0.10", "10.77.0.9"), strict=True):
+        inside = f"ip -n {name}"
+        commands += [f"{inside} addr add {address}/24 dev net0", f"{inside} link set net0 up"]
+        commands += [f"{inside} link set lo up"]
+    try:
+        for command in commands:
+            subprocess.run(command.split(), check=True)
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name])
+
+
+def ray_node(network, address, *options):
+    """A Ray node with an address of its own, of one logical GPU."""
+    # Which address gloo would take by itself depends on how the machine's name is resolved.
+    env = environment({"GLOO_SOCKET_IFNAME": "net0"})
+    ray_program = str(Path(sys.executable).with_name("ray"))
+    command = ["ip", "netns", "exec", network, ray_program, "start", "--block", *options]
+    command += [f"--node-ip-address={address}", "--num-gpus=1", "--num-cpus=4"]
+    return subprocess.Popen(
+        command, env=env, preexec_fn=end_with_the_tests, stdout=subprocess.DEVNULL
+    )
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("ip"), reason="needs root and ip, for network namespaces"
+)
+def test_two_nodes_with_addresses_of_their_own(tmp_path):
+    """An engine and a trainer on each; the second node dies in the middle of a run."""
+    without_gpus()
+    with two_networks() as (first, second):
+        address, python_in = "10.77.0.10:6399", ["ip", "netns", "exec", first, sys.executable]
+        nodes = [ray_node(first, "10.77.0.10", "--head", "--port=6399")]
+        time.sleep(8)
+        nodes.append(ray_node(second, "10.77.0.9", f"--address={address}"))
+        try:
+            options = ["--gpus", "2", "--steps", "400", "--heldout-every", "3"]
+            command = [*python_in, str(MODULE), *options]
+            job = Job(tmp_path, command=command, RAY_ADDRESS=address, RAY_AUTH_MODE="token")
+            job.until(lambda rows: len(rows) > 3)
+            rows = job.rows()
+            children = psutil.Process(nodes[1].pid).children(recursive=True)
+            for process in [nodes[1], *children]:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            start = time.monotonic()
+            status, output = job.end(120)
+            print(output[-2000:], f"ended {time.monotonic() - start:.0f} s after the node")
+        finally:
+            for node in nodes:
+                for process in [*psutil.Process(node.pid).children(recursive=True), node]:
+                    process.kill()
+    # The second node's address is the smaller number, but not the smaller text.
+    for engine, ip in enumerate(("10.77.0.9", "10.77.0.10")):
+        assert re.search(rf"node {ip} -> .* -> engine {engine} ", output), output
+    assert status == 1 and re.search(r"error: (engine|trainer)0 died in ", output), output
+    assert rows[2]["heldout_reward"] >= 0 and rows[-1]["logprob_difference_max"] < 1e-4
+
+
 @pytest.mark.soak
 def test_nothing_grows_in_300_steps(tmp_path):
     """On two logical GPUs; from step 50 on, by at most 5 %."""
