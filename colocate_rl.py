@@ -405,9 +405,8 @@ def device_uuid(local_index: int) -> str | None:
     """The UUID, as NVML names it, of what the calling process sees at an index; None on a CPU."""
     if not torch.cuda.is_available():
         return None
-    is_mig = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-")
-    uuid = torch.cuda.get_device_properties(local_index).uuid
-    return f"{'MIG' if is_mig else 'GPU'}-{uuid}"
+    device = torch.cuda.get_device_properties(local_index)
+    return f"{'MIG' if ' MIG ' in device.name else 'GPU'}-{device.uuid}"
 
 
 def wait_for(refs: list, timeout_s: float, what: str, watch: Sequence[Any] = ()) -> list:

@@ -27,6 +27,7 @@ import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import joblib
@@ -197,6 +198,25 @@ def test_an_id_that_is_not_one_entry_is_refused(gpu_id, visible):
     with pytest.raises(PlacementError) as error:
         local_gpu_index(gpu_id, visible)
     assert repr(gpu_id) in str(error.value) and str(visible) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("NVIDIA H100 80GB HBM3", "GPU-aaaaaaaa-1111"),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "MIG-aaaaaaaa-1111"),
+    ],
+)
+@pytest.mark.parametrize("visible", [None, "0", "MIG-aaaaaaaa-1111"])
+def test_a_device_is_named_as_nvml_names_it(monkeypatch, name, named, visible):
+    """By CUDA's name of it, however it was listed; no machine with MIG has been tried."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    device = SimpleNamespace(name=name, uuid="aaaaaaaa-1111")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+    assert c.device_uuid(0) == named
 
 
 # ---- Engine plan --------------------------------------------------------------------------------
