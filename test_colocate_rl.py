@@ -4,6 +4,7 @@ Tests that need GPUs skip where there are none. `-m long` runs the table of faul
 """
 
 import asyncio
+import base64
 import contextlib
 import copy
 import ctypes
@@ -45,6 +46,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     Gemma3Config,
+    MistralConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -686,6 +688,35 @@ def test_the_newest_two_checkpoints_and_all_of_the_user_s_are_kept(tmp_path):
     assert (tmp_path / kept[1] / "a.json").read_bytes() == b"\0{}"
 
 
+def test_a_run_with_nothing_left_to_do_ends_where_its_last_metrics_are_lost():
+    rows = [{"step": 0, "loss": 0.5, "logprob_difference_mean": 0.0}]
+    lines = c.checklist(configured(), None, [], rows, done=10)
+    assert ("held-out reward", False, "0.000 -> nan") in lines
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """The calls are real, and written down."""
+    calls = []
+
+    def written_down(owner, name):
+        real = getattr(owner, name)
+
+        def call(*args):
+            calls.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for owner, name in [(Path, "write_bytes"), (os, "sync"), (Path, "rename"), (shutil, "rmtree")]:
+        written_down(owner, name)
+    for step in (1, 2, 3):
+        (tmp_path / "unfinished").mkdir()
+        c.finish_checkpoint(tmp_path, {"a.json": b"{}"}, step)
+    # The older ones are removed when the new name is on the disk as well.
+    one = ["write_bytes", "sync", "rename", "sync"]
+    assert calls == [*one, *one, *one, "rmtree"]
+
+
 # ---- Settings, command line, models, import -----------------------------------------------------
 
 
@@ -907,6 +938,42 @@ def test_the_sums_task_asks_in_the_model_s_chat_template(chat_model):
     answers = {answer: 1, f"1 + 1 is {answer}.": 1, f"{answer} or 1": 0, f"{answer}1": 0, "": 0}
     for text, reward in answers.items():
         assert task.verify(text, answer) == reward, text
+
+
+def write_mistral(folder):
+    """A Mistral without weights, whose tokenizer is a tekken.json of single bytes."""
+    config = MistralConfig(vocab_size=276, hidden_size=32, num_attention_heads=2, eos_token_id=2)
+    config.architectures = ["MistralForCausalLM"]
+    config.save_pretrained(folder)
+    tokens = [base64.b64encode(bytes([byte])).decode() for byte in range(256)]
+    settings = {"pattern": ".", "version": "v3", "num_vocab_tokens": 256}
+    settings |= {"default_vocab_size": 276, "default_num_special_tokens": 20}
+    vocabulary = [
+        {"rank": rank, "token_bytes": token, "token_str": None} for rank, token in enumerate(tokens)
+    ]
+    tekken = json.dumps({"vocab": vocabulary, "config": settings})
+    (folder / "tekken.json").write_text(tekken)
+
+
+def test_a_tokenizer_that_takes_no_template_arguments_is_used_without(tmp_path):
+    write_mistral(tmp_path)
+    task = sums(tmp_path)
+    assert type(task.tokenizer).__name__ == "MistralCommonBackend"
+    with pytest.raises(ValueError, match="enable_thinking"):
+        task.tokenizer.apply_chat_template([{"role": "user", "content": ""}], enable_thinking=False)
+    prompt, answer = task.problems[0]
+    text = task.tokenizer.decode(prompt)
+    question = re.fullmatch(r"<s>\[INST\]What is (\d\d) \+ (\d\d)\? .* only\.\[/INST\]", text)
+    assert int(answer) == sum(map(int, question.groups()))
+    assert task.stop_token_ids == [2] and task.vocab_size == 276
+
+
+def test_a_template_that_knows_of_thinking_is_told_to_leave_it(chat_model, tmp_path):
+    folder = shutil.copytree(chat_model, tmp_path / "model")
+    template = "{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}="
+    (folder / "chat_template.jinja").write_text(template)
+    task = sums(folder)
+    assert task.tokenizer.decode(task.problems[0][0]) == "False="
 
 
 def test_a_response_ends_at_every_token_that_the_model_s_files_name(chat_model, tmp_path):
