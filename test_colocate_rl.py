@@ -2524,6 +2524,24 @@ def test_compiled_training_is_the_same_but_for_rounding(two_actors, odd_model, t
     assert compiled["grad_norm"] == pytest.approx(eager["grad_norm"], rel=1e-3)
 
 
+def test_a_trainer_takes_the_cores_that_its_process_may_use(tiny_model, tmp_path):
+    """Without Ray; all that it prints goes into its log."""
+    code = """
+import sys
+import colocate_rl as c
+model, folder = sys.argv[1:]
+config = c.Config()
+config.placement.device = "cpu"
+trainer = c.Trainer(f"{folder}/log", 0, c.Bundle(0, "a", "127.0.0.1", 0, 0), config)
+trainer.start(f"{folder}/rendezvous", 1, model)
+print("threads:", c.torch.get_num_threads())
+"""
+    words = ["taskset", "-c", str(min(os.sched_getaffinity(0))), sys.executable, "-c", code]
+    env = environment({"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"})
+    subprocess.run([*words, str(tiny_model), str(tmp_path)], cwd=tmp_path, env=env, timeout=100)
+    assert "threads: 1\n" in (tmp_path / "log").read_text()
+
+
 # ---- GPUs ---------------------------------------------------------------------------------------
 
 GRAPH_SIZES = "cuda_graph_bs_decode" if c.SGLANG.release >= (0, 5, 14) else "cuda_graph_bs"
