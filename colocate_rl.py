@@ -1462,10 +1462,11 @@ def read_metrics(folder, done):
     path = folder / "metrics.jsonl"
     path.touch()
     rows = []
-    with contextlib.suppress(json.JSONDecodeError):  # a line that was cut off
-        for line in path.read_text().splitlines():
-            rows.append(json.loads(line))
-    rows = [row for row in rows if row["step"] < done]
+    with contextlib.suppress(ValueError, TypeError, KeyError):  # cut off, or no row
+        for line in path.read_text(errors="replace").splitlines():
+            row = json.loads(line)
+            if row["step"] < done:
+                rows.append(row)
     if len(rows) < done:
         print(f"{path} has {len(rows)} of the {done} steps before the checkpoint")
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -1567,7 +1568,7 @@ def checklist(config, fleet, schedulers, rows, done) -> list[tuple[str, bool | N
     """
     last = rows[-1]
     differences = [row["logprob_difference_mean"] for row in rows if "loss" in row]
-    before, after = rows[0].get("heldout_reward_before", 0.0), last["heldout_reward"]
+    before, after = rows[0].get("heldout_reward_before", 0.0), last.get("heldout_reward", math.nan)
     lines = [
         ("weights equal to the bit", True, "in every rank, after a sync onto NaN"),
         ("rollout and trainer agree", True, f"to {max(differences, default=0):.2g} nats"),
@@ -1630,7 +1631,8 @@ def run(config: Config, task: Task, folder: Path):
     if config.run.dry_run:
         return
 
-    logs = folder / f"attempt{len(list(folder.glob('attempt*')))}"
+    attempts = (folder / f"attempt{number}" for number in range(10**6))
+    logs = next(path for path in attempts if not path.exists())
     logs.mkdir(parents=True)
     write_whole(folder / "config.json", json.dumps(asdict(config), indent=2))
     shutil.rmtree(folder / "unfinished", ignore_errors=True)  # a checkpoint that was cut off

@@ -662,13 +662,17 @@ def test_three_skipped_steps_in_a_row_stop_the_run():
         pytest.param('{"step": 0}\n{"step": 1}\n{"step": 2, "rew', [0, 1], id="cut-after"),
         pytest.param('{"step": 0}\n{"step"', [0], id="cut-before"),
         pytest.param('{"step": 1}\n{"step": 2}\n', [1], id="began-later"),
+        pytest.param('{"step": 0}\n{"step": \udcff', [0], id="no-text"),
+        pytest.param('{"step": 0}\n\0\0\0\0', [0], id="zeros"),
+        pytest.param('{"step": 0}\nnull\n', [0], id="no-row"),
+        pytest.param('{"step": 0}\n{"loss": 1}\n', [0], id="no-step"),
         pytest.param("", [], id="empty"),
         pytest.param(None, [], id="missing"),
     ],
 )
 def test_metrics_before_the_checkpoint_are_read(tmp_path, capsys, text, steps):
     if text is not None:
-        (tmp_path / "metrics.jsonl").write_text(text)
+        (tmp_path / "metrics.jsonl").write_bytes(os.fsencode(text))
     assert [row["step"] for row in c.read_metrics(tmp_path, 2)] == steps
     kept = (tmp_path / "metrics.jsonl").read_text()
     assert [json.loads(line)["step"] for line in kept.splitlines()] == steps
@@ -1736,7 +1740,10 @@ def test_a_run_cut_by_sigterm_resumes_to_the_same_bits(main_job, tmp_path):
 
 
 def test_a_model_folder_is_trained_resumed_and_saved_with_its_files(chat_model, tmp_path):
-    """The verifier fails after the first checkpoint; then the metrics are lost as well."""
+    """The verifier fails after the first checkpoint; then the metrics are lost as well.
+
+    The run goes on from another folder.
+    """
     model = shutil.copytree(chat_model, tmp_path / "model")
     with_a_far_token(model)
     settings = '{"early_stopping": true, "length_penalty": 0.5,  "do_sample": false, "top_p": 0.9}'
@@ -1750,7 +1757,8 @@ def test_a_model_folder_is_trained_resumed_and_saved_with_its_files(chat_model, 
     (run,) = tmp_path.glob("runs/*")
     assert "colocate_rl.VerifierError" in (run / "error.log").read_text()
     (run / "metrics.jsonl").unlink()
-    command = f"{command_to_go_on(output, tmp_path)} --steps 4"
+    (run / "attempt0").rename(run / "attempt1")  # a user has removed an older one
+    command = f"cd / && {command_to_go_on(output, tmp_path)} --steps 4"
     resumed = Job(tmp_path, command=["bash", "-c", command], **env)
     status, output = resumed.end(400)
     assert status == 0 and "has 0 of the 2 steps before the checkpoint" in output, output
