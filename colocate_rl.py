@@ -1378,7 +1378,7 @@ def score(task: Task, samples: list[Sample], problems: list, timeout_s: float) -
             rewards.append(float(task.verify(text, answer)))
             if not abs(rewards[-1]) < 1e30:
                 raise ValueError(f"{rewards[-1]} is not finite")
-        except Exception as error:
+        except BaseException as error:  # sys.exit or a panic in Rust, too
             raise VerifierError(f"verify({text!r}, {answer!r}): {error!r}") from error
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -1694,7 +1694,7 @@ def ray_session(config: Config, stopped_by: list[int]):
         ray.shutdown()
         _, alive = psutil.wait_procs(children, timeout=0 if stopped_by else 3)
         for process in alive:  # SGLang's, hung or starting
-            with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(children, timeout=10)
 
@@ -1724,8 +1724,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             problems = check_machine(config) + check_task(config, task)
     except PlacementError as error:
         problems = [str(error)]
-    except Exception as error:
-        problems = [f"--resume wants a run's folder, --model a causal language model: {error}"]
+    except SystemExit:  # tyro's
+        raise
+    except KeyboardInterrupt:
+        return 130
+    except BaseException as error:
+        problems = [f"--resume wants a run's folder, --model a causal LM. {in_short(error)}"]
     if problems:
         print("\n".join(problems), file=sys.stderr)
         return 2
@@ -1735,16 +1739,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ray_session(config, stopped_by):
             run(config, task, folder)
         return 0
-    except (Exception, KeyboardInterrupt) as error:
+    except BaseException as error:
         if stopped_by:
             return 128 + stopped_by[0]
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_short(error)}", file=sys.stderr)
         if folder.exists():
-            shutil.rmtree(folder / "unfinished", ignore_errors=True)  # the disk may be full
-            (folder / "error.log").write_text("".join(traceback.format_exception(error)))
-            command = shlex.join(["python", sys.argv[0], "--resume", str(folder)])
-            print(f"The traceback is in {folder}/error.log. To go on:\n{command}", file=sys.stderr)
+            print(f"{write_error(error, folder)}. To go on:", file=sys.stderr)
+            command = ["python", sys.argv[0], "--resume", str(folder)]
+            print(shlex.join(command), file=sys.stderr)
         return 1
+
+
+def in_short(error: BaseException) -> str:
+    """Kind and message, without the traceback that libraries put into messages."""
+    text = re.sub(r"(?m)^(   |  File |.*Traceback \(most).*\n|\x1b\[\d+m", "", str(error))
+    return f"{type(error).__name__}: {text}"
+
+
+def write_error(error: BaseException, folder: Path) -> str:
+    """All of the error goes into the run's folder, if that can be; returns where it is."""
+    shutil.rmtree(folder / "unfinished", ignore_errors=True)  # the disk may be full
+    try:
+        (folder / "error.log").write_text("".join(traceback.format_exception(error)))
+    except OSError as other:
+        return f"The traceback is lost, {other}"
+    return f"The traceback is in {folder}/error.log"
 
 
 if __name__ == "__main__":

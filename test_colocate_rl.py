@@ -614,6 +614,14 @@ def ends(answer):
     return verify
 
 
+def panic():
+    """A panic in Rust, which is no Exception: a tokenizer is to cut with too large a stride."""
+    words = json.loads(Tokenizer(models.WordLevel({"a": 0}, "a")).to_str())
+    cut = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 3}
+    words["pre_tokenizer"] = {"type": "Whitespace"}
+    Tokenizer.from_str(json.dumps(words | {"truncation": cut})).encode("a a a")
+
+
 def test_rewards_are_what_the_verifier_says():
     assert scored(ends(lambda: 0.5)).tolist() == [1, 0.5, 1]
     assert scored(ends(lambda: True)).tolist() == [1, 1, 1]
@@ -623,6 +631,8 @@ def test_rewards_are_what_the_verifier_says():
     ("answer", "named"),
     [
         pytest.param(lambda: 1 / 0, "ZeroDivisionError", id="raises"),
+        pytest.param(sys.exit, "SystemExit", id="exits"),
+        pytest.param(panic, "PanicException", id="panics"),
         pytest.param(lambda: None, "NoneType", id="none"),
         pytest.param(lambda: math.nan, "nan is no", id="nan"),
         pytest.param(lambda: math.inf, "inf is no", id="inf"),
@@ -750,7 +760,9 @@ def is_accepted(command, monkeypatch, capsys):
 
     monkeypatch.setattr(c, "ray_session", stop)
     status = c.main(command)
-    return status == 1 and "error: here Ray would start" in capsys.readouterr().err
+    return (
+        status == 1 and "error: InterruptedError: here Ray would start" in capsys.readouterr().err
+    )
 
 
 BAD_SETTINGS = [
@@ -856,6 +868,101 @@ def test_an_environment_that_cannot_work_is_refused(
     monkeypatch.setenv(name, str(value))
     message = refusal(["--device", "cpu", "--gpus", gpus], capsys)
     assert named in message, message
+
+
+def test_what_ends_the_command_before_ray_starts_is_told(tmp_path, monkeypatch, capfd):
+    def at_the_task(function):
+        monkeypatch.setattr(c, "echo_task", lambda config: function())
+        return c.main(flags({})), *capfd.readouterr()
+
+    assert at_the_task(lambda: signal.raise_signal(signal.SIGINT)) == (130, "", "")
+    status, _, message = at_the_task(panic)
+    assert status == 2 and "PanicException: `stride` must be" in message.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "JSONDecodeError: Expecting value"),
+        ("\0\0\0", "JSONDecodeError"),
+        ('{"run": {"no_such_setting": 1}}', "no_such_setting"),
+        ('{"run": {}}', "KeyError: 'placement'"),
+        ("[1]", "TypeError"),
+        (None, "IsADirectoryError"),
+    ],
+)
+def test_settings_of_a_run_that_cannot_be_read_are_refused(tmp_path, capsys, text, named):
+    path = tmp_path / "config.json"
+    path.mkdir() if text is None else path.write_text(text)
+    message = refusal(["--resume", str(tmp_path)], capsys)
+    assert message.startswith("--resume wants a run's folder") and named in message
+    assert message.count("\n") == 1 and list(tmp_path.iterdir()) == [path]
+
+
+def ended_by(error, folder, monkeypatch, capsys):
+    """Exit status and message of a resumed run in which this is raised."""
+    (folder / "config.json").write_text(json.dumps(asdict(configured())))
+
+    @contextlib.contextmanager
+    def session(*_):
+        raise error
+        yield
+
+    monkeypatch.setattr(c, "ray_session", session)
+    return c.main(["--resume", str(folder), "--device", "cpu"]), capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (KeyError("weight_map"), "KeyError: 'weight_map'"),
+        (AssertionError(), "AssertionError: "),
+        (SystemExit(0), "SystemExit: 0"),
+        (asyncio.CancelledError(), "CancelledError: "),
+        (KeyboardInterrupt(), "KeyboardInterrupt: "),  # a library's own: there was no signal
+    ],
+    ids=repr,
+)
+def test_whatever_ends_a_run_is_named_and_its_cause_is_in_the_log(
+    tmp_path, monkeypatch, capsys, error, named
+):
+    without_gpus()
+    error.__cause__ = OSError("the cause")
+    status, message = ended_by(error, tmp_path, monkeypatch, capsys)
+    first, hint, _ = message.splitlines()
+    assert (status, first) == (1, f"error: {named}")
+    assert hint == f"The traceback is in {tmp_path}/error.log. To go on:"
+    log = (tmp_path / "error.log").read_text()
+    assert "OSError: the cause" in log and f"\n{type(error).__name__}" in log.replace(
+        "asyncio.exceptions.", ""
+    )
+
+
+def test_a_log_that_cannot_be_written_hides_nothing(tmp_path, monkeypatch, capsys):
+    """The disk is full."""
+    without_gpus()
+    (tmp_path / "error.log").symlink_to("/dev/full")
+    status, message = ended_by(ValueError("the fault"), tmp_path, monkeypatch, capsys)
+    first, hint, command = message.splitlines()
+    assert (status, first) == (1, "error: ValueError: the fault")
+    assert "traceback is lost" in hint and "No space left on device" in hint
+    assert command.endswith(f"--resume {tmp_path}")
+
+
+def test_folders_are_resolved_where_they_were_given(chat_model, tmp_path, monkeypatch):
+    shutil.copytree(chat_model, tmp_path / "model")
+    there, elsewhere = tmp_path / "runs" / "one", tmp_path / "elsewhere"
+    there.mkdir(parents=True)
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    config, folder = c.read_config(["--model", "./model"])
+    assert config.model.model == str(tmp_path / "model") and folder.parent == tmp_path / "runs"
+    (there / "config.json").write_text(json.dumps(asdict(config)))
+    monkeypatch.chdir(elsewhere)
+    config, folder = c.read_config(["--resume", "../runs/one"])
+    assert config.model.model == str(tmp_path / "model") and folder == there
+    config, _ = c.read_config(["--model", "owner/name"])
+    assert config.model.model == "owner/name"  # no folder, but an id
 
 
 def test_help_names_every_setting_in_groups(capsys):
@@ -1779,7 +1886,9 @@ def test_an_engine_that_cannot_start_ends_the_run_with_its_reason(chat_model, tm
     os.truncate(weights, weights.stat().st_size // 2)
     status, output = Job(tmp_path, "--model", "model").end(400)
     message = " ".join(output.splitlines())
-    assert status == 1 and re.search(r"error: engine 0 .* did not start .*SafetensorError", message)
+    assert status == 1 and re.search(
+        r"error: EngineError: engine 0 .* did not start .*SafetensorError", message
+    )
     command_to_go_on(output, tmp_path)
 
 
@@ -1846,7 +1955,10 @@ def test_two_engines_skip_bad_steps_and_three_in_a_row_end_the_run(main_job, tmp
     for server in taken:
         server.close()
 
-    assert status == 1 and "error: advantages is not finite, 3 steps in a row" in output, output
+    assert (
+        status == 1
+        and "error: FloatingPointError: advantages is not finite, 3 steps in a row" in output
+    ), output
     command_to_go_on(output, tmp_path)
     rows = job.rows()
     assert [row["step"] for row in rows if "skipped" in row] == [1, 20, 21, 22]
@@ -1951,7 +2063,7 @@ def test_a_cluster_on_which_another_job_holds_a_gpu(tmp_path):
             f"asked for {everything} GPUs, 1 are missing: the cluster has {everything} on 1 "
             "node(s), of which others hold 1"
         )
-        assert status == 1 and f"error: no placement group within timeout=2 s: {expected}" in output
+        assert status == 1 and f"no placement group within timeout=2 s: {expected}" in output
 
 
 @pytest.mark.long
@@ -3094,7 +3206,7 @@ def test_faults_on_gpus_end_the_job_free_the_memory_and_it_goes_on_from_there(tm
         later = f"noticed {noticed - fault:.1f} s later, ended {ended - fault:.1f} s later"
         print(f"\n{name}, TP={tp}: {later}")
         assert status == 1 and noticed - fault < 10 and ended - fault < 20, output
-        assert re.search(rf"^error: {name}\d died in", output, re.M), output
+        assert re.search(rf"^error: EngineError: {name}\d died in", output, re.M), output
         commands[name, tp] = shlex.split(command_to_go_on(output, job.folder))
     gone = time.monotonic()
     while grown() > 10 and time.monotonic() < gone + 30:
