@@ -424,15 +424,21 @@ def wait_for(refs: list, timeout_s: float, what: str, watch: Sequence[Any] = ())
             return results[: len(refs)]
         except ray.exceptions.GetTimeoutError as error:
             if time.monotonic() >= deadline:
-                raise TimeoutError(
-                    f"{what}: not done within {timeout_s:g} s; raise that limit if slow"
-                ) from error
+                limit = f"{what}: not done within {timeout_s:g} s; raise that limit if slow"
+                raise TimeoutError(limit + failed_workers()) from error
             # A ping of a dead actor raises RayActorError.
             pings = [actor.__ray_ready__.remote() for actor in watch]
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, (PlacementError, EngineError)):
                 raise error.cause from error
             raise RuntimeError(f"{what} raised {error.cause!r}") from error
+
+
+def failed_workers() -> str:
+    """What processes that could not become a worker have left in Ray's log of this node, or ""."""
+    logs = Path(ray._private.worker._global_node.get_session_dir_path(), "logs")
+    said = "".join(log.read_text(errors="replace") for log in logs.glob("raylet*.err"))
+    return said and f"\n{logs}/raylet.err ends: {said[-600:]}"
 
 
 # ---- 4. Engine: one Ray actor a SGLang engine, and what runs in its scheduler processes ---------

@@ -1863,6 +1863,8 @@ def test_a_model_folder_is_trained_resumed_and_saved_with_its_files(chat_model, 
     assert [row["step"] for row in job.rows()] == [0, 1]
     (run,) = tmp_path.glob("runs/*")
     assert "colocate_rl.VerifierError" in (run / "error.log").read_text()
+    settings = json.loads((run / "config.json").read_text())
+    assert settings["model"]["model"] == str(model)  # it was given as a relative one
     (run / "metrics.jsonl").unlink()
     (run / "attempt0").rename(run / "attempt1")  # a user has removed an older one
     command = f"cd / && {command_to_go_on(output, tmp_path)} --steps 4"
@@ -2203,6 +2205,56 @@ def another_place(local_ray):
     group = c.create_placement_group(1, 60)
     (place,) = plan_engines(c.probe_bundles(group, 60), 1)
     return group, place
+
+
+def nothing():
+    pass
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"py_executable": "/nowhere/python"}, "/nowhere/python: No such file or directory"),
+        ({"env_vars": {"PYTHONHOME": "/nowhere"}}, "No module named 'encodings'"),
+        ({"env_vars": {"PYTHONPATH": "FOLDER"}}, "No module named 'nothing_like_it'"),
+    ],
+    ids=["no-python", "no-library", "broken-import"],
+)
+def test_a_worker_that_cannot_start_says_why(local_ray, tmp_path, environment, reason):
+    (tmp_path / "msgpack.py").write_text("import nothing_like_it")  # Ray imports it
+    environment = json.loads(json.dumps(environment).replace("FOLDER", str(tmp_path)))
+    task = ray.remote(num_cpus=0, runtime_env=environment)(nothing).remote()
+    message, deadline = "", time.monotonic() + 20
+    while reason not in message and time.monotonic() < deadline:
+        with pytest.raises(TimeoutError) as error:
+            c.wait_for([task], 0.5, "nothing")
+        message = c.in_short(error.value)
+    ray.cancel(task, force=True)
+    assert message.startswith(
+        "TimeoutError: nothing: not done within 0.5 s; raise that limit if slow"
+    )
+    assert reason in message and "Traceback" not in message and '"' not in message, message
+
+
+class WithoutPackage:
+    def __init__(self):
+        raise ModuleNotFoundError("No module named 'some_package'")
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [({"conda": "no-such-environment"}, "(?i)conda"), ({}, "No module named 'some_package'")],
+    ids=["environment", "actor"],
+)
+def test_a_reason_that_ray_gives_is_told_without_its_traceback(local_ray, environment, reason):
+    actor = ray.remote(num_cpus=0, runtime_env=environment)(WithoutPackage).remote()
+    with pytest.raises(ray.exceptions.RayError, match=reason) as error:
+        c.wait_for([actor.__ray_ready__.remote()], 60, "ready")
+    assert '  File "' in str(error.value)
+    *_, last = c.in_short(error.value).splitlines()
+    assert re.search(reason, last)
+    for sign in ("Traceback", 'File "', "\x1b", "^^"):
+        assert sign not in c.in_short(error.value)
 
 
 def new_engine(group, placement, log):
