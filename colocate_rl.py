@@ -438,7 +438,8 @@ def failed_workers() -> str:
     """What processes that could not become a worker have left in Ray's log of this node, or ""."""
     logs = Path(ray._private.worker._global_node.get_session_dir_path(), "logs")
     said = "".join(log.read_text(errors="replace") for log in logs.glob("raylet*.err"))
-    return said and f"\n{logs}/raylet.err ends: {said[-600:]}"
+    end = "\n".join(said.splitlines()[-9:])
+    return end and f"\n{logs}/raylet.err ends:\n{end}"
 
 
 # ---- 4. Engine: one Ray actor a SGLang engine, and what runs in its scheduler processes ---------
