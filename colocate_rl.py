@@ -398,9 +398,8 @@ def device_uuid(local_index: int) -> str | None:
     """The UUID, as NVML names it, of what the calling process sees at an index; None on a CPU."""
     if not torch.cuda.is_available():
         return None
-    is_mig = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-")
-    uuid = torch.cuda.get_device_properties(local_index).uuid
-    return f"{'MIG' if is_mig else 'GPU'}-{uuid}"
+    device = torch.cuda.get_device_properties(local_index)
+    return f"{'MIG' if ' MIG ' in device.name else 'GPU'}-{device.uuid}"
 
 
 def wait_for(refs: list, timeout_s: float, what: str, watch: Sequence[Any] = ()) -> list:
@@ -418,15 +417,22 @@ def wait_for(refs: list, timeout_s: float, what: str, watch: Sequence[Any] = ())
             return results[: len(refs)]
         except ray.exceptions.GetTimeoutError as error:
             if time.monotonic() >= deadline:
-                raise TimeoutError(
-                    f"{what}: not done within {timeout_s:g} s; raise that limit if slow"
-                ) from error
+                limit = f"{what}: not done within {timeout_s:g} s; raise that limit if slow"
+                raise TimeoutError(limit + failed_workers()) from error
             # A ping of a dead actor raises RayActorError.
             pings = [actor.__ray_ready__.remote() for actor in watch]
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, (PlacementError, EngineError)):
                 raise error.cause from error
             raise RuntimeError(f"{what} raised {error.cause!r}") from error
+
+
+def failed_workers() -> str:
+    """What processes that could not become a worker have left in Ray's log of this node, or ""."""
+    logs = Path(ray._private.worker._global_node.get_session_dir_path(), "logs")
+    said = "".join(log.read_text(errors="replace") for log in logs.glob("raylet*.err"))
+    end = "\n".join(said.splitlines()[-9:])
+    return end and f"\n{logs}/raylet.err ends:\n{end}"
 
 
 # ---- 4. Engine: one Ray actor a SGLang engine, and what runs in its scheduler processes ---------
@@ -1369,7 +1375,7 @@ def score(task, samples, problems, timeout_s):
             rewards.append(float(task.verify(text, answer)))
             if not abs(rewards[-1]) < 1e30:
                 raise ValueError(f"{rewards[-1]} is not finite")
-        except Exception as error:
+        except BaseException as error:  # sys.exit or a panic in Rust, too
             raise VerifierError(f"verify({text!r}, {answer!r}): {error!r}") from error
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -1576,7 +1582,8 @@ def run(config, task, folder):
     if config.run.dry_run:
         return
 
-    logs = folder / f"attempt{len(list(folder.glob('attempt*')))}"
+    attempts = (folder / f"attempt{number}" for number in range(10**6))
+    logs = next(path for path in attempts if not path.exists())
     logs.mkdir(parents=True)
     (folder / "config.new").write_text(json.dumps(asdict(config), indent=2))
     (folder / "config.new").replace(folder / "config.json")  # nothing can cut it off
@@ -1635,7 +1642,7 @@ def ray_session(gpus, stopped_by):
         ray.shutdown()
         _, alive = psutil.wait_procs(children, timeout=0 if stopped_by else 3)
         for process in alive:  # SGLang's, hung or starting
-            with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(children, timeout=10)
 
@@ -1655,7 +1662,8 @@ def read_config(argv):
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status.
 
-    0; 1, a fault, after which --resume goes on; 2, settings refused; 130 or 143, Ctrl-C or SIGTERM.
+    0; 1, a fault, after which --resume goes on; 2, settings refused, or a fault that would come
+    back; 130 or 143, Ctrl-C or SIGTERM.
     """
     try:
         config, folder = read_config(argv)
@@ -1666,7 +1674,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PlacementError as error:
         problems = [str(error)]
     except Exception as error:
-        problems = [f"--resume wants a run's folder, --model a causal language model: {error}"]
+        problems = [f"--resume wants a run's folder, --model a causal LM. {in_short(error)}"]
     if problems:
         print("\n".join(problems), file=sys.stderr)
         return 2
@@ -1676,16 +1684,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ray_session(config.placement.gpus, stopped_by):
             run(config, task, folder)
         return 0
-    except (Exception, KeyboardInterrupt) as error:
+    except BaseException as error:  # a library's SystemExit or Rust's panic, too
         if stopped_by:
             return 128 + stopped_by[0]
-        print(f"error: {error}", file=sys.stderr)
-        if folder.exists():
-            shutil.rmtree(folder / "unfinished", ignore_errors=True)  # the disk may be full
-            (folder / "error.log").write_text("".join(traceback.format_exception(error)))
-            command = shlex.join(["python", sys.argv[0], "--resume", str(folder)])
-            print(f"The traceback is in {folder}/error.log. To go on:\n{command}", file=sys.stderr)
-        return 1
+        print(f"error: {in_short(error)}", file=sys.stderr)
+        return end_badly(error, folder) if folder.exists() else 1
+
+
+def in_short(error: BaseException) -> str:
+    """Kind and message, without the traceback that libraries put into messages."""
+    text = re.sub(r"(?m)^(   |  File |.*Traceback \(most).*\n|\x1b\[\d+m", "", str(error))
+    return f"{type(error).__name__}: {text}"
+
+
+def end_badly(error, folder):
+    """Leave the traceback in the run's folder, and say how to go on; returns the exit status.
+
+    2, if the fault would come back: before the first step, or of numbers.
+    """
+    shutil.rmtree(folder / "unfinished", ignore_errors=True)  # the disk may be full
+    with contextlib.suppress(OSError):
+        (folder / "error.log").write_text("".join(traceback.format_exception(error)))
+    command = shlex.join(["python", sys.argv[0], "--resume", str(folder)])
+    print(f"The traceback is in {folder}/error.log. To go on:\n{command}", file=sys.stderr)
+    steps_made = any(path.stat().st_size for path in folder.glob("metrics.jsonl"))
+    return 1 if steps_made and not isinstance(error, FloatingPointError) else 2
 
 
 if __name__ == "__main__":

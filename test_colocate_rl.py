@@ -4,6 +4,7 @@ Tests that need GPUs skip where there are none. `-m long` runs the table of faul
 """
 
 import asyncio
+import base64
 import contextlib
 import copy
 import ctypes
@@ -27,6 +28,7 @@ import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import joblib
@@ -44,6 +46,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     Gemma3Config,
+    MistralConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -198,6 +201,25 @@ def test_an_id_that_is_not_one_entry_is_refused(gpu_id, visible):
     with pytest.raises(PlacementError) as error:
         local_gpu_index(gpu_id, visible)
     assert repr(gpu_id) in str(error.value) and str(visible) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("NVIDIA H100 80GB HBM3", "GPU-aaaaaaaa-1111"),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "MIG-aaaaaaaa-1111"),
+    ],
+)
+@pytest.mark.parametrize("visible", [None, "0", "MIG-aaaaaaaa-1111"])
+def test_a_device_is_named_as_nvml_names_it(monkeypatch, name, named, visible):
+    """By CUDA's name of it, however it was listed; no machine with MIG has been tried."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    device = SimpleNamespace(name=name, uuid="aaaaaaaa-1111")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+    assert c.device_uuid(0) == named
 
 
 # ---- Engine plan --------------------------------------------------------------------------------
@@ -593,6 +615,14 @@ def ends(answer):
     return verify
 
 
+def panic():
+    """A panic in Rust, which is no Exception: a tokenizer is to cut with too large a stride."""
+    words = json.loads(Tokenizer(models.WordLevel({"a": 0}, "a")).to_str())
+    cut = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 3}
+    words["pre_tokenizer"] = {"type": "Whitespace"}
+    Tokenizer.from_str(json.dumps(words | {"truncation": cut})).encode("a a a")
+
+
 def test_rewards_are_what_the_verifier_says():
     assert scored(ends(lambda: 0.5)).tolist() == [1, 0.5, 1]
     assert scored(ends(lambda: True)).tolist() == [1, 1, 1]
@@ -602,6 +632,8 @@ def test_rewards_are_what_the_verifier_says():
     ("answer", "named"),
     [
         pytest.param(lambda: 1 / 0, "ZeroDivisionError", id="raises"),
+        pytest.param(sys.exit, "SystemExit", id="exits"),
+        pytest.param(panic, "PanicException", id="panics"),
         pytest.param(lambda: None, "NoneType", id="none"),
         pytest.param(lambda: math.nan, "nan is no", id="nan"),
         pytest.param(lambda: math.inf, "inf is no", id="inf"),
@@ -647,6 +679,35 @@ def test_the_newest_two_checkpoints_and_all_of_the_user_s_are_kept(tmp_path):
     assert (tmp_path / kept[1] / "a.json").read_bytes() == b"\0{}"
 
 
+def test_a_run_with_nothing_left_to_do_ends_where_its_last_metrics_are_lost():
+    rows = [{"step": 0, "loss": 0.5, "logprob_difference_mean": 0.0}]
+    lines = c.checklist(configured(), None, [], rows, done=10)
+    assert ("held-out reward", False, "0.000 -> nan") in lines
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """The calls are real, and written down."""
+    calls = []
+
+    def written_down(owner, name):
+        real = getattr(owner, name)
+
+        def call(*args):
+            calls.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for owner, name in [(Path, "write_bytes"), (os, "sync"), (Path, "rename"), (shutil, "rmtree")]:
+        written_down(owner, name)
+    for step in (1, 2, 3):
+        (tmp_path / "unfinished").mkdir()
+        c.finish_checkpoint(tmp_path, {"a.json": b"{}"}, step)
+    # The older ones are removed when the new name is on the disk as well.
+    one = ["write_bytes", "sync", "rename", "sync"]
+    assert calls == [*one, *one, *one, "rmtree"]
+
+
 # ---- Settings, command line, models, import -----------------------------------------------------
 
 
@@ -676,7 +737,9 @@ def is_accepted(command, monkeypatch, capsys):
 
     monkeypatch.setattr(c, "ray_session", stop)
     status = c.main(command)
-    return status == 1 and "error: here Ray would start" in capsys.readouterr().err
+    return (
+        status == 1 and "error: InterruptedError: here Ray would start" in capsys.readouterr().err
+    )
 
 
 BAD_SETTINGS = [
@@ -804,6 +867,102 @@ def test_a_version_of_sglang_that_was_not_tried_is_named(tmp_path, version, stat
     assert lines[0] == line and len(lines) == (1 if status else 2)
 
 
+def test_what_ends_the_command_before_ray_starts_is_told(tmp_path, monkeypatch, capfd):
+    def at_the_task(function):
+        monkeypatch.setattr(c, "echo_task", lambda config: function())
+        return c.main(flags({})), *capfd.readouterr()
+
+    status, _, message = at_the_task(lambda: 1 / 0)
+    assert status == 2 and "ZeroDivisionError: division by zero" in message.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "JSONDecodeError: Expecting value"),
+        ("\0\0\0", "JSONDecodeError"),
+        ('{"run": {"no_such_setting": 1}}', "no_such_setting"),
+        ('{"run": {}}', "KeyError: 'placement'"),
+        ("[1]", "TypeError"),
+        (None, "IsADirectoryError"),
+    ],
+)
+def test_settings_of_a_run_that_cannot_be_read_are_refused(tmp_path, capsys, text, named):
+    path = tmp_path / "config.json"
+    path.mkdir() if text is None else path.write_text(text)
+    message = refusal(["--resume", str(tmp_path)], capsys)
+    assert message.startswith("--resume wants a run's folder") and named in message
+    assert message.count("\n") == 1 and list(tmp_path.iterdir()) == [path]
+
+
+def ended_by(error, folder, monkeypatch, capsys):
+    """Exit status and message of a resumed run in which this is raised."""
+    (folder / "config.json").write_text(json.dumps(asdict(configured())))
+    (folder / "metrics.jsonl").write_text("{}")
+
+    @contextlib.contextmanager
+    def session(*_):
+        raise error
+        yield
+
+    monkeypatch.setattr(c, "ray_session", session)
+    return c.main(["--resume", str(folder)]), capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (FloatingPointError("a gap"), "FloatingPointError: a gap"),
+        (KeyError("weight_map"), "KeyError: 'weight_map'"),
+        (AssertionError(), "AssertionError: "),
+        (SystemExit(0), "SystemExit: 0"),
+        (asyncio.CancelledError(), "CancelledError: "),
+        (KeyboardInterrupt(), "KeyboardInterrupt: "),  # a library's own: there was no signal
+    ],
+    ids=repr,
+)
+def test_whatever_ends_a_run_is_named_and_its_cause_is_in_the_log(
+    tmp_path, monkeypatch, capsys, error, named
+):
+    without_gpus()
+    error.__cause__ = OSError("the cause")
+    status, message = ended_by(error, tmp_path, monkeypatch, capsys)
+    first, hint, _ = message.splitlines()
+    # Numbers would be as bad again.
+    assert (status, first) == (2 if "Floating" in named else 1, f"error: {named}")
+    assert hint == f"The traceback is in {tmp_path}/error.log. To go on:"
+    log = (tmp_path / "error.log").read_text()
+    assert "OSError: the cause" in log and f"\n{type(error).__name__}" in log.replace(
+        "asyncio.exceptions.", ""
+    )
+
+
+def test_a_log_that_cannot_be_written_hides_nothing(tmp_path, monkeypatch, capsys):
+    """The disk is full."""
+    without_gpus()
+    (tmp_path / "error.log").symlink_to("/dev/full")
+    status, message = ended_by(ValueError("the fault"), tmp_path, monkeypatch, capsys)
+    first, _, command = message.splitlines()
+    assert (status, first) == (1, "error: ValueError: the fault")
+    assert command.endswith(f"--resume {tmp_path}")
+
+
+def test_folders_are_resolved_where_they_were_given(chat_model, tmp_path, monkeypatch):
+    shutil.copytree(chat_model, tmp_path / "model")
+    there, elsewhere = tmp_path / "runs" / "one", tmp_path / "elsewhere"
+    there.mkdir(parents=True)
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    config, folder = c.read_config(["--model", "./model"])
+    assert config.model.model == str(tmp_path / "model") and folder.parent == tmp_path / "runs"
+    (there / "config.json").write_text(json.dumps(asdict(config)))
+    monkeypatch.chdir(elsewhere)
+    config, folder = c.read_config(["--resume", "../runs/one"])
+    assert config.model.model == str(tmp_path / "model") and folder == there
+    config, _ = c.read_config(["--model", "owner/name"])
+    assert config.model.model == "owner/name"  # no folder, but an id
+
+
 def test_help_names_every_setting_in_groups(capsys):
     with pytest.raises(SystemExit) as end:
         c.main(["--help"])
@@ -888,6 +1047,42 @@ def test_the_sums_task_asks_in_the_model_s_chat_template(chat_model):
     answers = {answer: 1, f"1 + 1 is {answer}.": 1, f"{answer} or 1": 0, f"{answer}1": 0, "": 0}
     for text, reward in answers.items():
         assert task.verify(text, answer) == reward, text
+
+
+def write_mistral(folder):
+    """A Mistral without weights, whose tokenizer is a tekken.json of single bytes."""
+    config = MistralConfig(vocab_size=276, hidden_size=32, num_attention_heads=2, eos_token_id=2)
+    config.architectures = ["MistralForCausalLM"]
+    config.save_pretrained(folder)
+    tokens = [base64.b64encode(bytes([byte])).decode() for byte in range(256)]
+    settings = {"pattern": ".", "version": "v3", "num_vocab_tokens": 256}
+    settings |= {"default_vocab_size": 276, "default_num_special_tokens": 20}
+    vocabulary = [
+        {"rank": rank, "token_bytes": token, "token_str": None} for rank, token in enumerate(tokens)
+    ]
+    tekken = json.dumps({"vocab": vocabulary, "config": settings})
+    (folder / "tekken.json").write_text(tekken)
+
+
+def test_a_tokenizer_that_takes_no_template_arguments_is_used_without(tmp_path):
+    write_mistral(tmp_path)
+    task = sums(tmp_path)
+    assert type(task.tokenizer).__name__ == "MistralCommonBackend"
+    with pytest.raises(ValueError, match="enable_thinking"):
+        task.tokenizer.apply_chat_template([{"role": "user", "content": ""}], enable_thinking=False)
+    prompt, answer = task.problems[0]
+    text = task.tokenizer.decode(prompt)
+    question = re.fullmatch(r"<s>\[INST\]What is (\d\d) \+ (\d\d)\? .* only\.\[/INST\]", text)
+    assert int(answer) == sum(map(int, question.groups()))
+    assert task.stop_token_ids == [2] and task.vocab_size == 276
+
+
+def test_a_template_that_knows_of_thinking_is_told_to_leave_it(chat_model, tmp_path):
+    folder = shutil.copytree(chat_model, tmp_path / "model")
+    template = "{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}="
+    (folder / "chat_template.jinja").write_text(template)
+    task = sums(folder)
+    assert task.tokenizer.decode(task.problems[0][0]) == "False="
 
 
 def test_a_response_ends_at_every_token_that_the_model_s_files_name(chat_model, tmp_path):
@@ -1671,7 +1866,10 @@ def test_a_run_cut_by_sigterm_resumes_to_the_same_bits(main_job, tmp_path):
 
 
 def test_a_model_folder_is_trained_resumed_and_saved_with_its_files(chat_model, tmp_path):
-    """The verifier fails after the first checkpoint, which brings lost metrics back."""
+    """The verifier fails after the first checkpoint, which brings lost metrics back.
+
+    The run goes on from another folder.
+    """
     model = shutil.copytree(chat_model, tmp_path / "model")
     with_a_far_token(model)
     settings = '{"early_stopping": true, "length_penalty": 0.5,  "do_sample": false, "top_p": 0.9}'
@@ -1684,8 +1882,11 @@ def test_a_model_folder_is_trained_resumed_and_saved_with_its_files(chat_model, 
     assert [row["step"] for row in job.rows()] == [0, 1]
     (run,) = tmp_path.glob("runs/*")
     assert "colocate_rl.VerifierError" in (run / "error.log").read_text()
+    settings = json.loads((run / "config.json").read_text())
+    assert settings["model"]["model"] == str(model)  # it was given as a relative one
     (run / "metrics.jsonl").unlink()
-    command = f"{command_to_go_on(output, tmp_path)} --steps 4"
+    (run / "attempt0").rename(run / "attempt1")  # a user has removed an older one
+    command = f"cd / && {command_to_go_on(output, tmp_path)} --steps 4"
     resumed = Job(tmp_path, command=["bash", "-c", command], **env)
     status, output = resumed.end(400)
     assert status == 0, output
@@ -1706,7 +1907,9 @@ def test_an_engine_that_cannot_start_ends_the_run_with_its_reason(chat_model, tm
     os.truncate(weights, weights.stat().st_size // 2)
     status, output = Job(tmp_path, "--model", "model").end(400)
     message = " ".join(output.splitlines())
-    assert status == 1 and re.search(r"error: engine 0 .* did not start .*SafetensorError", message)
+    assert status == 1 and re.search(
+        r"error: EngineError: engine 0 .* did not start .*SafetensorError", message
+    )
     command_to_go_on(output, tmp_path)
 
 
@@ -1773,7 +1976,10 @@ def test_two_engines_skip_bad_steps_and_three_in_a_row_end_the_run(main_job, tmp
     for server in taken:
         server.close()
 
-    assert status == 1 and "error: advantages is not finite, 3 steps in a row" in output, output
+    assert (
+        status == 1
+        and "error: FloatingPointError: advantages is not finite, 3 steps in a row" in output
+    ), output
     command_to_go_on(output, tmp_path)
     rows = job.rows()
     assert [row["step"] for row in rows if "skipped" in row] == [1, 20, 21, 22]
@@ -1878,7 +2084,7 @@ def test_a_cluster_on_which_another_job_holds_a_gpu(tmp_path):
             f"asked for {everything} GPUs, 1 are missing: the cluster has {everything} on 1 "
             "node(s), of which others hold 1"
         )
-        assert status == 1 and f"error: no placement group within timeout=2 s: {expected}" in output
+        assert status == 1 and f"no placement group within timeout=2 s: {expected}" in output
 
 
 @pytest.mark.long
@@ -2085,6 +2291,56 @@ def another_place(local_ray):
     group = c.create_placement_group(1, 60)
     (place,) = plan_engines(c.probe_bundles(group, 60), 1)
     return group, place
+
+
+def nothing():
+    pass
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"py_executable": "/nowhere/python"}, "/nowhere/python: No such file or directory"),
+        ({"env_vars": {"PYTHONHOME": "/nowhere"}}, "No module named 'encodings'"),
+        ({"env_vars": {"PYTHONPATH": "FOLDER"}}, "No module named 'nothing_like_it'"),
+    ],
+    ids=["no-python", "no-library", "broken-import"],
+)
+def test_a_worker_that_cannot_start_says_why(local_ray, tmp_path, environment, reason):
+    (tmp_path / "msgpack.py").write_text("import nothing_like_it")  # Ray imports it
+    environment = json.loads(json.dumps(environment).replace("FOLDER", str(tmp_path)))
+    task = ray.remote(num_cpus=0, runtime_env=environment)(nothing).remote()
+    message, deadline = "", time.monotonic() + 20
+    while reason not in message and time.monotonic() < deadline:
+        with pytest.raises(TimeoutError) as error:
+            c.wait_for([task], 0.5, "nothing")
+        message = c.in_short(error.value)
+    ray.cancel(task, force=True)
+    assert message.startswith(
+        "TimeoutError: nothing: not done within 0.5 s; raise that limit if slow"
+    )
+    assert reason in message and "Traceback" not in message and '"' not in message, message
+
+
+class WithoutPackage:
+    def __init__(self):
+        raise ModuleNotFoundError("No module named 'some_package'")
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [({"conda": "no-such-environment"}, "(?i)conda"), ({}, "No module named 'some_package'")],
+    ids=["environment", "actor"],
+)
+def test_a_reason_that_ray_gives_is_told_without_its_traceback(local_ray, environment, reason):
+    actor = ray.remote(num_cpus=0, runtime_env=environment)(WithoutPackage).remote()
+    with pytest.raises(ray.exceptions.RayError, match=reason) as error:
+        c.wait_for([actor.__ray_ready__.remote()], 60, "ready")
+    assert '  File "' in str(error.value)
+    *_, last = c.in_short(error.value).splitlines()
+    assert re.search(reason, last)
+    for sign in ("Traceback", 'File "', "\x1b", "^^"):
+        assert sign not in c.in_short(error.value)
 
 
 def new_engine(group, placement, log):
@@ -2526,6 +2782,24 @@ def test_compiled_training_is_the_same_but_for_rounding(two_actors, odd_model, t
     assert_near(compiled_weights, weights)
     assert compiled["loss"] == pytest.approx(eager["loss"], abs=1e-5)
     assert compiled["grad_norm"] == pytest.approx(eager["grad_norm"], rel=1e-3)
+
+
+def test_a_trainer_takes_the_cores_that_its_process_may_use(tiny_model, tmp_path):
+    """Without Ray; all that it prints goes into its log."""
+    code = """
+import sys
+import colocate_rl as c
+model, folder = sys.argv[1:]
+config = c.Config()
+config.placement.device = "cpu"
+trainer = c.Trainer(f"{folder}/log", 0, c.Bundle(0, "a", "127.0.0.1", 0, 0), config)
+trainer.start(f"{folder}/rendezvous", 1, model)
+print("threads:", c.torch.get_num_threads())
+"""
+    words = ["taskset", "-c", str(min(os.sched_getaffinity(0))), sys.executable, "-c", code]
+    env = environment({"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"})
+    subprocess.run([*words, str(tiny_model), str(tmp_path)], cwd=tmp_path, env=env, timeout=100)
+    assert "threads: 1\n" in (tmp_path / "log").read_text()
 
 
 # ---- GPUs ---------------------------------------------------------------------------------------
@@ -3170,7 +3444,7 @@ def test_faults_on_gpus_end_the_job_free_the_memory_and_it_goes_on_from_there(tm
         later = f"noticed {noticed - fault:.1f} s later, ended {ended - fault:.1f} s later"
         print(f"\n{name}, TP={tp}: {later}")
         assert status == 1 and noticed - fault < 10 and ended - fault < 20, output
-        assert re.search(rf"^error: {name}\d died in", output, re.M), output
+        assert re.search(rf"^error: EngineError: {name}\d died in", output, re.M), output
         commands[name, tp] = shlex.split(command_to_go_on(output, job.folder))
     gone = time.monotonic()
     while grown() > 10 and time.monotonic() < gone + 30:
