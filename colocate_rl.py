@@ -578,8 +578,11 @@ class Engine:
             self.engine = SGLangEngine(**args, custom_sigquit_handler=signal.SIG_IGN)
             self.engine.freeze_gc()
         except Exception as error:
-            fault = parse_engine_log(self.log.read_text(errors="replace")).fault
-            raise EngineError(f"{self.name} did not start ({error}): {fault}") from error
+            fault = parse_engine_log(self.log.read_text(errors="replace")).fault or error
+            raise EngineError(
+                f"{self.name} did not start with {args['model_path']}: {fault}\n"
+                f"If SGLang cannot run this model, train another; all of its log is {self.log}"
+            ) from error
         # SGLang installs its own handler of SIGQUIT at the first request, which this is. Then the
         # default comes back: the death of any of its processes ends this actor, at once.
         self.engine.flush_cache()
@@ -738,7 +741,7 @@ def map_weights(model, named_tensors):
         if not torch.equal(parameter.cpu(), from_files[name]):
             raise ValueError(
                 f"{type(model).__name__}: {name} as it was sent is not that of the model's files; "
-                "SGLang's loader does not know the names that transformers gives"
+                "SGLang's loader does not know the names that transformers gives; train another"
             )
     print_reading()
 
@@ -1335,7 +1338,7 @@ def train(config: Config, task: Task, fleet: Fleet, folder: Path, model: str, do
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
         bar.write(step_line(row, steps))
-        check_rows(rows, config.training.max_logprob_difference, first=step == done)
+        check_rows(rows, config.training.max_logprob_difference, model if step == done else "")
         if due:
             finish_checkpoint(folder, files, step + 1)
     return rows
@@ -1430,12 +1433,15 @@ def describe(samples, rewards, trained, seconds) -> dict[str, Any]:
     }
 
 
-def check_rows(rows, limit, first):
-    """FloatingPointError where engine and trainer disagree, or three steps were skipped."""
+def check_rows(rows, limit, first_of=""):
+    """FloatingPointError where engine and trainer disagree, or three steps were skipped.
+
+    `first_of`: the model, in the first step, before which weights were equal to the bit.
+    """
     difference = rows[-1].get("logprob_difference_mean", 0.0)
     cause = "sync of weights, or a rollout that drifts with its length"
-    if first:  # at the start, weights were equal to the bit
-        cause = "model, which SGLang and transformers compute differently"
+    if first_of:
+        cause = f"model, {first_of}: SGLang and transformers compute it differently; train another"
     if difference > limit:
         raise FloatingPointError(
             f"logprob_difference_mean is {difference:.2g} nats; expected at most {limit:g}, "
@@ -1540,9 +1546,10 @@ def start(config: Config, fleet: Fleet, plan: list[EnginePlacement], model: str,
     call(engines, "sleep", ["kv_cache"])
     rendezvous = str(engines[0].log.with_name("rendezvous"))
     uuids = call(trainers, "start", rendezvous, len(trainers), model, done > 0)
-    handles, tp = call(trainers, "share_weights"), config.placement.gpus_per_engine
-    own = [(handles[at : at + tp],) for at in range(0, len(handles), tp)]
+    tp = config.placement.gpus_per_engine
     try:
+        handles = call(trainers, "share_weights")
+        own = [(handles[at : at + tp],) for at in range(0, len(handles), tp)]
         schedulers = sum(call(engines, "map_weights", each=own), [])
     finally:
         call(trainers, "forget_handle")
@@ -1713,7 +1720,8 @@ def read_config(argv: Sequence[str] | None) -> tuple[Config, Path]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status.
 
-    0; 1, a fault, after which --resume goes on; 2, settings refused; 130 or 143, Ctrl-C or SIGTERM.
+    0; 1, a fault, after which --resume goes on; 2, settings refused, or a fault that would come
+    back; 130 or 143, Ctrl-C or SIGTERM.
     """
     try:
         config, folder = read_config(argv)
@@ -1724,7 +1732,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PlacementError as error:
         problems = [str(error)]
     except Exception as error:
-        problems = [f"--resume wants a run's folder, --model a causal language model: {error}"]
+        reason = f"{type(error).__name__}: {error}".split("\n\n")[0]
+        problems = [f"--resume wants a run's folder, --model a causal language model; {reason}"]
     if problems:
         print("\n".join(problems), file=sys.stderr)
         return 2
@@ -1738,12 +1747,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if stopped_by:
             return 128 + stopped_by[0]
         print(f"error: {error}", file=sys.stderr)
-        if folder.exists():
-            shutil.rmtree(folder / "unfinished", ignore_errors=True)  # the disk may be full
-            (folder / "error.log").write_text("".join(traceback.format_exception(error)))
-            command = shlex.join(["python", sys.argv[0], "--resume", str(folder)])
-            print(f"The traceback is in {folder}/error.log. To go on:\n{command}", file=sys.stderr)
-        return 1
+        if not folder.exists():
+            return 1
+        shutil.rmtree(folder / "unfinished", ignore_errors=True)  # the disk may be full
+        (folder / "error.log").write_text("".join(traceback.format_exception(error)))
+        command = shlex.join(["python", sys.argv[0], "--resume", str(folder)])
+        print(f"The traceback is in {folder}/error.log. To go on:\n{command}", file=sys.stderr)
+        # A fault before the first step, or of a number, would come back.
+        made_steps = any(path.stat().st_size for path in folder.glob("metrics.jsonl"))
+        return 1 if made_steps and not isinstance(error, FloatingPointError) else 2
 
 
 if __name__ == "__main__":
