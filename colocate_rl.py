@@ -579,10 +579,7 @@ class Engine:
             self.engine.freeze_gc()
         except Exception as error:
             fault = parse_engine_log(self.log.read_text(errors="replace")).fault or error
-            raise EngineError(
-                f"{self.name} did not start with {args['model_path']}: {fault}\n"
-                f"If SGLang cannot run this model, train another; all of its log is {self.log}"
-            ) from error
+            raise EngineError(f"{self.name} did not start: {fault}\n{self.log}") from error
         # SGLang installs its own handler of SIGQUIT at the first request, which this is. Then the
         # default comes back: the death of any of its processes ends this actor, at once.
         self.engine.flush_cache()
@@ -731,7 +728,7 @@ def map_weights(model, named_tensors):
     """
     from_files = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
     model.mapped = named_tensors  # a CUDA graph holds addresses, and keeps nothing alive
-    model.load_mapped = partial(model.load_weights, named_tensors)
+    model.load_mapped = partial(load_mapped, model)
     if named_tensors[0][1].is_cuda:
         model.load_mapped = as_cuda_graph(model.load_mapped)
     for parameter in model.parameters():
@@ -741,9 +738,14 @@ def map_weights(model, named_tensors):
         if not torch.equal(parameter.cpu(), from_files[name]):
             raise ValueError(
                 f"{type(model).__name__}: {name} as it was sent is not that of the model's files; "
-                "SGLang's loader does not know the names that transformers gives; train another"
+                "SGLang's loader does not know the names that transformers gives"
             )
     print_reading()
+
+
+def load_mapped(model):
+    """SGLang's loader over the mapped weights. Gemma's writes into vectors, so these are copied."""
+    model.load_weights((name, t.clone() if t.ndim == 1 else t) for name, t in model.mapped)
 
 
 def print_reading():
@@ -1338,7 +1340,7 @@ def train(config: Config, task: Task, fleet: Fleet, folder: Path, model: str, do
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
         bar.write(step_line(row, steps))
-        check_rows(rows, config.training.max_logprob_difference, model if step == done else "")
+        check_rows(rows, config.training.max_logprob_difference, first=step == done)
         if due:
             finish_checkpoint(folder, files, step + 1)
     return rows
@@ -1433,15 +1435,12 @@ def describe(samples, rewards, trained, seconds) -> dict[str, Any]:
     }
 
 
-def check_rows(rows, limit, first_of=""):
-    """FloatingPointError where engine and trainer disagree, or three steps were skipped.
-
-    `first_of`: the model, in the first step, before which weights were equal to the bit.
-    """
+def check_rows(rows, limit, first):
+    """FloatingPointError where engine and trainer disagree, or three steps were skipped."""
     difference = rows[-1].get("logprob_difference_mean", 0.0)
     cause = "sync of weights, or a rollout that drifts with its length"
-    if first_of:
-        cause = f"model, {first_of}: SGLang and transformers compute it differently; train another"
+    if first:  # at the start, weights were equal to the bit
+        cause = "model, which SGLang and transformers compute differently"
     if difference > limit:
         raise FloatingPointError(
             f"logprob_difference_mean is {difference:.2g} nats; expected at most {limit:g}, "
@@ -1751,11 +1750,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         shutil.rmtree(folder / "unfinished", ignore_errors=True)  # the disk may be full
         (folder / "error.log").write_text("".join(traceback.format_exception(error)))
+        made_steps = any(path.stat().st_size for path in folder.glob("metrics.jsonl"))
+        comes_back = isinstance(error, FloatingPointError) or not made_steps
+        model = config.model.model or config.model.shape
+        if comes_back:
+            hint = f"It would come back: train another model than {model}, or change settings."
+            print(hint, file=sys.stderr)
         command = shlex.join(["python", sys.argv[0], "--resume", str(folder)])
         print(f"The traceback is in {folder}/error.log. To go on:\n{command}", file=sys.stderr)
-        # A fault before the first step, or of a number, would come back.
-        made_steps = any(path.stat().st_size for path in folder.glob("metrics.jsonl"))
-        return 1 if made_steps and not isinstance(error, FloatingPointError) else 2
+        return 2 if comes_back else 1
 
 
 if __name__ == "__main__":
