@@ -1727,7 +1727,7 @@ def test_an_engine_that_cannot_start_ends_the_run_with_its_reason(chat_model, tm
     os.truncate(weights, weights.stat().st_size // 2)
     status, output = Job(tmp_path, "--model", "model").end(400)
     message = " ".join(output.splitlines())
-    assert status == 2 and re.search(r"error: engine 0 .* did not start .*SafetensorError", message)
+    assert status == 2 and re.search(r"error: engine 0 .* not start: .*SafetensorError", message)
     command_to_go_on(output, tmp_path)
 
 
@@ -2465,7 +2465,7 @@ def test_a_start_that_fails_says_why(another_place, chat_model, tmp_path):
         args = c.engine_args(another_place[1], str(folder), 8)
         c.wait_for([engine.start.remote(args)], 300, "start")
     ray.kill(engine)
-    assert re.search(r"(?s)engine 0 .*did not start .*SafetensorError", str(error.value))
+    assert re.search(r"(?s)engine 0 .*did not start: .*SafetensorError", str(error.value))
 
 
 def test_the_saved_model_loads_in_transformers_and_sglang(main_job, another_place, tmp_path):
