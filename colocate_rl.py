@@ -579,8 +579,8 @@ class Engine:
             self.engine = SGLangEngine(**args, custom_sigquit_handler=signal.SIG_IGN)
             self.engine.freeze_gc()
         except Exception as error:
-            fault = self.read_log().fault
-            raise EngineError(f"{self.name} did not start ({error}): {fault}") from error
+            fault = self.read_log().fault or error
+            raise EngineError(f"{self.name} did not start: {fault}\n{self.log}") from error
         # SGLang installs its own handler of SIGQUIT at the first request, which this is. Then the
         # default comes back: the death of any of its processes ends this actor, at once.
         self.engine.flush_cache()
@@ -737,7 +737,7 @@ def map_weights(model, named_tensors):
     """
     from_files = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
     model.mapped = named_tensors  # a CUDA graph holds addresses, and keeps nothing alive
-    model.load_mapped = partial(model.load_weights, named_tensors)
+    model.load_mapped = partial(load_mapped, model)
     if named_tensors[0][1].is_cuda:
         model.load_mapped = as_cuda_graph(model.load_mapped)
     for parameter in model.parameters():
@@ -750,6 +750,11 @@ def map_weights(model, named_tensors):
                 "SGLang's loader does not know the names that transformers gives"
             )
     print_reading()
+
+
+def load_mapped(model):
+    """SGLang's loader over the mapped weights. Gemma's writes into vectors, so these are copied."""
+    model.load_weights((name, t.clone() if t.ndim == 1 else t) for name, t in model.mapped)
 
 
 def print_reading():
@@ -1517,9 +1522,10 @@ def start(config, fleet, plan, folder, model, done):
     call(engines, "start", each=[(engine_args(place, model, *limits),) for place in plan])
     call(engines, "sleep", ["kv_cache"])
     uuids = call(trainers, "start", f"{folder}/rendezvous", len(trainers), model, done > 0)
-    handles, tp = call(trainers, "share_weights"), config.placement.gpus_per_engine
-    own = [(handles[at : at + tp],) for at in range(0, len(handles), tp)]
+    tp = config.placement.gpus_per_engine
     try:
+        handles = call(trainers, "share_weights")
+        own = [(handles[at : at + tp],) for at in range(0, len(handles), tp)]
         schedulers = sum(call(engines, "map_weights", each=own), [])
     finally:
         call(trainers, "forget_handle")
@@ -1674,7 +1680,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PlacementError as error:
         problems = [str(error)]
     except Exception as error:
-        problems = [f"--resume wants a run's folder, --model a causal LM. {in_short(error)}"]
+        reason = in_short(error).split("\n\n")[0]
+        problems = [f"--resume wants a run's folder, --model a causal LM. {reason}"]
     if problems:
         print("\n".join(problems), file=sys.stderr)
         return 2
@@ -1705,10 +1712,13 @@ def end_badly(error, folder):
     shutil.rmtree(folder / "unfinished", ignore_errors=True)  # the disk may be full
     with contextlib.suppress(OSError):
         (folder / "error.log").write_text("".join(traceback.format_exception(error)))
+    steps_made = any(path.stat().st_size for path in folder.glob("metrics.jsonl"))
+    comes_back = isinstance(error, FloatingPointError) or not steps_made
+    if comes_back:
+        print("It would come back: train another model, or change settings.", file=sys.stderr)
     command = shlex.join(["python", sys.argv[0], "--resume", str(folder)])
     print(f"The traceback is in {folder}/error.log. To go on:\n{command}", file=sys.stderr)
-    steps_made = any(path.stat().st_size for path in folder.glob("metrics.jsonl"))
-    return 1 if steps_made and not isinstance(error, FloatingPointError) else 2
+    return 1 + comes_back
 
 
 if __name__ == "__main__":
