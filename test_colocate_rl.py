@@ -2182,7 +2182,7 @@ def two_networks():
 def ray_node(network, address, *options):
     """A Ray node with an address of its own, of one logical GPU."""
     # Which address gloo would take by itself depends on how the machine's name is resolved.
-    env = environment({"GLOO_SOCKET_IFNAME": "net0"})
+    env = environment({"GLOO_SOCKET_IFNAME": "net0", "RAY_AUTH_MODE": "token"})
     ray_program = str(Path(sys.executable).with_name("ray"))
     command = ["ip", "netns", "exec", network, ray_program, "start", "--block", *options]
     command += [f"--node-ip-address={address}", "--num-gpus=1", "--num-cpus=4"]
