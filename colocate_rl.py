@@ -155,7 +155,8 @@ def check_numbers(config: Config) -> list[str]:
 def check_machine(config: Config) -> list[str]:
     """Every setting that does not fit this machine."""
     gpus, tp, tmp = config.placement.gpus, config.placement.gpus_per_engine, gettempdir()
-    visible = len(visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), 2**16))
+    listed = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), 2**16)
+    visible = torch.cuda.device_count() or len(listed)
     problems = []
     if gpus % tp:
         problems.append(f"--gpus is {gpus}; expected a multiple of --gpus-per-engine, {tp}")
@@ -163,7 +164,7 @@ def check_machine(config: Config) -> list[str]:
         problems.append(f"--gpus is {gpus}; expected at most CUDA_VISIBLE_DEVICES' {visible}")
     if tp > 1 and starts_ray() and not (torch.cuda.is_available() or config.run.dry_run):
         problems.append(f"--gpus-per-engine is {tp}; expected 1 on a machine without GPUs")
-    if len(tmp) > 38:  # Ray's socket in it has some 70 characters more, and at most 107
+    if len(tmp) > 38:  # Ray adds some 70 characters, and a socket's path has at most 107
         problems.append(f"TMPDIR is {tmp!r}; expected at most 38 characters")
     return problems
 
@@ -178,15 +179,15 @@ def check_task(config: Config, task: "Task") -> list[str]:
     rollout, prompts = config.rollout, [prompt for prompt, _ in task.problems]
     count, length = rollout.prompts_per_step, rollout.context_length
     samples = count * rollout.group_size
-    shares = config.placement.gpus * config.training.updates_per_step
+    divisor = config.placement.gpus * config.training.updates_per_step
     trained = len(prompts) - HELD_OUT
-    needed = max(map(len, prompts)) + max(rollout.max_new_tokens + 2, 7)  # SGLang keeps some
+    needed = max(map(len, prompts)) + max(rollout.max_new_tokens + 2, 7)  # SGLang's reserve
     largest = max(map(max, prompts))
     problems = []
-    if samples % shares or count > trained:
+    if samples % divisor or count > trained:
         problems.append(
-            f"--prompts-per-step is {count}; expected at most {trained}, and {samples} samples "
-            f"to divide by GPUs x updates, {shares}"
+            f"--prompts-per-step is {count}; expected at most {trained}, and {samples} samples to "
+            f"be divisible by GPUs x updates, {divisor}"
         )
     if not needed <= length <= task.max_length:
         problems.append(
@@ -214,7 +215,7 @@ def visible_devices(value: str | None, device_count: int) -> list[str]:
     if value is None:
         return [str(index) for index in range(device_count)]
     entries = [entry.strip() for entry in value.split(",")]
-    # device_count is of all GPUs of the machine, or else of those that CUDA sees of the list.
+    # A count above the list's length is the machine's: then an id beyond it is invalid.
     of_machine = device_count > len(entries)
     visible: list[str] = []
     for entry in entries:
@@ -270,7 +271,6 @@ class EnginePlacement(NamedTuple):
     engine: int
     bundles: tuple[Bundle, ...]
     base_gpu_id: int
-    node_ip: str
 
 
 def plan_engines(bundles: Sequence[Bundle], gpus_per_engine: int) -> list[EnginePlacement]:
@@ -300,7 +300,7 @@ def plan_engines(bundles: Sequence[Bundle], gpus_per_engine: int) -> list[Engine
                 "consecutive ones. Free those between, or list these side by side in "
                 "CUDA_VISIBLE_DEVICES."
             )
-        engines.append(EnginePlacement(engine, part, base, part[0].node_ip))
+        engines.append(EnginePlacement(engine, part, base))
     return engines
 
 
@@ -313,21 +313,21 @@ def address_key(address: str) -> tuple[bool, int, str]:
 
 
 def get_base_gpu_id(engine: int, gpus_per_engine: int, gpus_per_node: int) -> int:
-    """The formula of the loop index, where no bundle was probed.
+    """The engine's base_gpu_id from its number alone, without a probe.
 
-    It is sure to equal the plan only if every visible GPU of the nodes is taken.
+    It equals the plan's for sure only if the engines take every visible GPU of their nodes.
     """
     if engine < 0 or gpus_per_engine < 1 or gpus_per_node < 1 or gpus_per_node % gpus_per_engine:
         raise PlacementError(
-            f"{engine=}, {gpus_per_engine=}, {gpus_per_node=}; expected one that divides the node's"
+            f"{engine=}, {gpus_per_engine=}, {gpus_per_node=}; expected whole engines on a node"
         )
     return engine * gpus_per_engine % gpus_per_node
 
 
 # ---- 3. Placement group: create, probe (Ray) ----------------------------------------------------
 
-# With these, Ray and SGLang leave the list alone, and one local index means one device in every
-# process of a node.
+# With these, Ray and SGLang leave CUDA_VISIBLE_DEVICES alone, and one local index is one device in
+# every process of a node.
 ONE_LIST = {
     "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
     "SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS": "0",
@@ -342,26 +342,20 @@ def create_placement_group(num_gpus: int, timeout_s: float) -> PlacementGroup:
 
     Says what it waits for. PlacementError after `timeout_s` seconds.
     """
-    group = placement_group([{"GPU": 1, "CPU": 0.1}] * num_gpus, "PACK")
-    deadline = time.monotonic() + timeout_s
-    said = ""
-    while not group.wait(max(0.1, min(5.0, deadline - time.monotonic()))):
+    group = placement_group([{"GPU": 1}] * num_gpus, "PACK")
+    if not group.wait(min(5.0, timeout_s)):
+        print(f"waiting for a placement group of {num_gpus} GPUs", flush=True)
+    if not group.wait(max(0.1, timeout_s - 5.0)):
+        remove_placement_group(group)
         total = int(ray.cluster_resources().get("GPU", 0))
         free = int(ray.available_resources().get("GPU", 0))
         nodes = sum(node["Alive"] for node in ray.nodes())
-        state = (
-            f"asked for {num_gpus} GPUs, {max(0, num_gpus - free)} are missing: the cluster has "
-            f"{total} on {nodes} node(s), of which others hold {total - free}"
+        raise PlacementError(
+            f"no placement group within timeout={timeout_s:g} s: asked for {num_gpus} GPUs, "
+            f"{max(0, num_gpus - free)} are missing: the cluster has {total} on {nodes} node(s), "
+            f"of which others hold {total - free}. Ask for at most {free}, wait for the others, or "
+            "raise the limit."
         )
-        if time.monotonic() >= deadline:
-            remove_placement_group(group)
-            raise PlacementError(
-                f"no placement group within timeout={timeout_s:g} s: {state}. Ask for at most "
-                f"{free}, wait for the others, who may hold all CPUs, or raise the limit."
-            )
-        if state != said:
-            print(f"waiting for the placement group: {state}", flush=True)
-        said = state
     return group
 
 
@@ -378,7 +372,7 @@ def on_bundle(group: PlacementGroup, index: int, gpu_share: float) -> dict[str, 
 def probe_bundles(group: PlacementGroup, timeout_s: float) -> list[Bundle]:
     """Read every bundle of a placement group, all at once; in the order of the bundles' indices."""
     options = [on_bundle(group, index, PROBE_SHARE) for index in range(group.bundle_count)]
-    probes = [ray.remote(**own)(probe_bundle).remote(i) for i, own in enumerate(options)]
+    probes = [ray.remote(**on)(probe_bundle).remote(i) for i, on in enumerate(options)]
     return wait_for(probes, timeout_s, "the bundles' probes")
 
 
@@ -405,7 +399,8 @@ def device_uuid(local_index: int) -> str | None:
 def wait_for(refs: list, timeout_s: float, what: str, watch: Sequence[Any] = ()) -> list:
     """`ray.get` with a limit in seconds (TimeoutError).
 
-    Errors of this file come out as themselves. The death of any actor to `watch` is noticed in 5 s.
+    PlacementError and EngineError are raised as such. The death of an actor to `watch` is noticed
+    in 5 s.
     """
     deadline = time.monotonic() + timeout_s
     pings: list[ray.ObjectRef] = []
@@ -417,7 +412,7 @@ def wait_for(refs: list, timeout_s: float, what: str, watch: Sequence[Any] = ())
             return results[: len(refs)]
         except ray.exceptions.GetTimeoutError as error:
             if time.monotonic() >= deadline:
-                limit = f"{what}: not done within {timeout_s:g} s; raise that limit if slow"
+                limit = f"{what}: not done within {timeout_s:g} s; raise --timeout if slow"
                 raise TimeoutError(limit + failed_workers()) from error
             # A ping of a dead actor raises RayActorError.
             pings = [actor.__ray_ready__.remote() for actor in watch]
@@ -444,8 +439,8 @@ def failed_workers() -> str:
 # ca_comm with `disabled`; the variables named SGLANG_...; the lines that parse_engine_log reads.
 SGLANG = Version(importlib.metadata.version("sglang"))
 OLDEST, NEWEST = Version("0.5.12"), Version("0.5.23")  # of the versions that it ran with
-MEMORY_TAGS = ("kv_cache", "weights", "cuda_graph")  # SGLang's names for what can sleep
-# In an engine's log, with cause and remedy. These two were taken for one and the same fault.
+MEMORY_TAGS = ("kv_cache", "weights")  # SGLang's names for what can sleep
+# In an engine's log, with cause and remedy: two faults, which are easily taken for one.
 ENGINE_FAULTS = {
     r"(custom_all_reduce|ipc)\.cuh:\d+.*CUDA error: invalid argument": "CUDA IPC cannot export "
     "what a captured all-reduce registers, of the memory saver or expandable_segments; the mapping "
@@ -456,7 +451,7 @@ ENGINE_FAULTS = {
 
 
 class EngineError(RuntimeError):
-    """The engine failed, or refused a call that would have killed its scheduler."""
+    """An engine or trainer failed, or an engine refused what would have killed its scheduler."""
 
 
 class Sample(NamedTuple):
@@ -501,8 +496,8 @@ def capture_guard(environment: dict[str, str]) -> dict[str, str]:
     well, are taken out of the allocator's settings.
     """
     changes = {"SGLANG_MEMORY_SAVER_CUDA_GRAPH": "false"}
-    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        settings = environment.get(name, "").split(",")
+    for name in {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & environment.keys():
+        settings = environment[name].split(",")
         changes[name] = ",".join(part for part in settings if "expandable_segments" not in part)
     return changes
 
@@ -525,7 +520,7 @@ def engine_args(
         "skip_tokenizer_init": True,
         "log_level": "info",
         "sleep_on_idle": True,  # else it takes a core
-        "custom_weight_loader": [f"{__name__}.{loader}" for loader in WEIGHT_LOADERS],
+        "custom_weight_loader": [f"{__name__}.map_in_scheduler", f"{__name__}.update_in_scheduler"],
     }
     if placement.bundles[0].uuid is None:
         return args | {
@@ -547,7 +542,7 @@ def engine_args(
         "enable_memory_saver": True,
         "enforce_disable_flashinfer_allreduce_fusion": True,  # it needs NVLink multicast
         largest_batch: max(64, min(max_running_requests, 512)),
-        no_prefill_graph: True,  # its memory would bypass the memory saver
+        no_prefill_graph: True,  # a prefill graph's memory would bypass the memory saver
     }
 
 
@@ -569,13 +564,12 @@ class Engine:
             if args["device"] == "cpu":
                 prepare_cpu_engine(f"{self.log}.stub")
             else:
-                pynvml.nvmlInit()
                 number_devices()
             from sglang.srt.entrypoints.engine import Engine as SGLangEngine
 
             SGLangEngine.run_scheduler_process_func = staticmethod(run_scheduler)
-            # A scheduler reports its death by SIGQUIT. By its own handler SGLang would end this
-            # actor at once, and the reason with it.
+            # A scheduler reports its death by SIGQUIT. SGLang's handler would end this actor
+            # before it can tell the reason.
             self.engine = SGLangEngine(**args, custom_sigquit_handler=signal.SIG_IGN)
             self.engine.freeze_gc()
         except Exception as error:
@@ -626,13 +620,18 @@ class Engine:
         self.engine.resume_memory_occupation(list(tags))
         self.asleep -= set(tags)
 
+    # Weights come to a scheduler so: the trainer pickles views of its flat buffer as a handle
+    # (`share_weights`); SGLang opens the handle, and calls `map_in_scheduler` with its model and
+    # the views; from then on `update_in_scheduler` repeats SGLang's loader over them, on a GPU as
+    # one CUDA graph.
+
     def map_weights(self, handles: list[bytes]) -> list[dict[str, Any]]:
         """Map the trainers' weights, by tp_rank, for the rest of the run.
 
         The weights must be awake, as SGLang loaded them. Returns what each scheduler process has
         read of itself, by tp_rank.
         """
-        self._load("map_weights", handles)
+        self._load("map_in_scheduler", handles)
         # SGLang's reply has no room for what the schedulers say, so they say it in the log.
         readings = re.findall(r"^scheduler: (.*)", self.log.read_text(errors="replace"), re.M)
         return sorted(map(json.loads, readings), key=lambda reading: reading["tp_rank"])
@@ -642,10 +641,11 @@ class Engine:
         # The seed travels as the payload of the loader.
         seed = random.Random(f"{self.seed}/{version}/{self.placement.engine}").getrandbits(31)
         payload = pickle.dumps([("seed", torch.tensor(seed))])
-        self._load("update_weights", [payload] * len(self.placement.bundles), str(version))
+        payloads = [payload] * len(self.placement.bundles)
+        self._load("update_in_scheduler", payloads, str(version))
 
     def _load(self, loader, payloads, version=None):
-        """Run one of WEIGHT_LOADERS in every scheduler process, each with its payload."""
+        """Run a function with its model in every scheduler process, each with its payload."""
         from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
 
         self._expect(loader, awake=["weights"])
@@ -676,8 +676,8 @@ def log_to(path: str):
         os.dup2(file.fileno(), 2)
 
 
-# Every name in it is None. To release memory SGLang waits for torch's default device, and that is
-# CUDA from torch 2.14 on, even without a driver.
+# In the stub every name is None. To release memory SGLang synchronizes torch's default device: from
+# torch 2.14 on that is CUDA, even without a driver.
 CPU_STUB = """
 import sys, torch
 sys.modules["sgl_kernel.kvcacheio"] = sys.modules["sgl_kernel"]
@@ -703,6 +703,7 @@ def number_devices():
     """Name the devices of CUDA_VISIBLE_DEVICES by number: of UUIDs SGLang would lose v2."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if named.startswith("GPU-"):
+        pynvml.nvmlInit()
         indices = range(pynvml.nvmlDeviceGetCount())
         uuids = [pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in indices]
         numbers = [str(local_gpu_index(uuid, uuids)) for uuid in visible_devices(named, len(uuids))]
@@ -723,13 +724,7 @@ def run_scheduler(*args):
     run_scheduler_process(*args)
 
 
-# Weights come to a scheduler so: the trainer pickles views of its flat buffer as a handle
-# (`share_weights`); SGLang opens the handle, and calls `map_weights` with its model and the views;
-# from then on `update_weights` repeats SGLang's loader over them, on a GPU as one CUDA graph.
-WEIGHT_LOADERS = ("map_weights", "update_weights")
-
-
-def map_weights(model, named_tensors):
+def map_in_scheduler(model, named_tensors):
     """Runs in every scheduler process, once: keep a trainer's weights mapped, and try them.
 
     The model is overwritten with NaN and loaded from the mapped weights. It must then equal to the
@@ -773,7 +768,7 @@ def print_reading():
 
 
 def as_cuda_graph(load):
-    """The function as a CUDA graph; itself where it waits for the GPU, which no graph can hold."""
+    """The function as a CUDA graph; unchanged if it waits for the GPU, which no graph can hold."""
     load()
     graph = torch.cuda.CUDAGraph()
     torch.cuda.set_sync_debug_mode("error")
@@ -788,7 +783,7 @@ def as_cuda_graph(load):
     return graph.replay
 
 
-def update_weights(model, named_tensors):
+def update_in_scheduler(model, named_tensors):
     """Runs in every scheduler process: SGLang's own loader over the mapped weights."""
     ((_, seed),) = named_tensors  # on the model's device, to which SGLang has moved it
     model.load_mapped()
@@ -807,7 +802,7 @@ class Trainer:
         weights  [P]       bf16, fp32 on a CPU; parameters are views of it, the engine has it mapped
         grads    [P]       fp32; on the GPU while training
         state    [3, P/N]  fp32 master weights and AdamW's two moments; on the GPU while training,
-                           in `host`, which is pinned, meanwhile
+                           otherwise in `host`, which is pinned
 
     where P is the number of parameters, padded to a multiple of N.
     """
@@ -843,7 +838,7 @@ class Trainer:
             saved = load_file(f"{model}/optimizer.safetensors")
             self.updates.copy_(saved["step"])
             self.host[1:] = self._own(self._padded(saved["moments"]))
-        self.copies = self.backend.Stream()
+        self.copy_stream = self.backend.Stream()
         self.offload()
         self.token_logprobs = token_logprobs
         if self.config.training.compile:
@@ -897,8 +892,8 @@ class Trainer:
 
     def _copy(self, target, source):
         """Between GPU and host, beside what runs on the GPU from here on."""
-        self.copies.wait_stream(self.backend.current_stream())
-        with self.backend.stream(self.copies):
+        self.copy_stream.wait_stream(self.backend.current_stream())
+        with self.backend.stream(self.copy_stream):
             target.copy_(source, non_blocking=True)
 
     def train(self, batch):
@@ -907,7 +902,7 @@ class Trainer:
         No update is made once a number is not finite; "bad" then names the first such tensor.
         Loss and mean difference are this rank's part of the sum over ranks.
         """
-        config, losses, gaps = self.config.training, [], []
+        config, losses, differences = self.config.training, [], []
         self._onload()
         bad = next((name for name, rows in batch.items() if not rows.isfinite().all()), None)
         for update, share in enumerate(self._shares(batch)):
@@ -915,23 +910,23 @@ class Trainer:
             dist.all_reduce(num_tokens)
             for at in range(0, len(share["tokens"]), config.micro_batch):
                 micro = {name: rows[at : at + config.micro_batch] for name, rows in share.items()}
-                loss, gap = self._backward(micro, num_tokens, on_policy=update == 0)
+                loss, difference = self._backward(micro, num_tokens, on_policy=update == 0)
                 losses.append(loss / config.updates_per_step)
-                gaps.append(gap)
+                differences.append(difference)
             grad_norm = self._reduce_gradients()
             if not math.isfinite(grad_norm):
                 bad = bad or "gradient"
             if not bad:
                 self._update()
             self.grads.zero_()
-        # To read these waits for the all-gather, too: next, another process copies the weights.
-        gap = torch.cat(gaps)  # [tokens of this rank]
+        # `.item()` waits for the all-gather, before the engines copy the weights.
+        difference = torch.cat(differences)  # [tokens of this rank]
         metrics = {
             "bad": bad,
             "grad_norm": grad_norm,
             "loss": sum(losses).item(),
-            "difference_mean": gap.sum().item() / batch["mask"].sum().item(),
-            "difference_max": gap.max().item(),
+            "difference_mean": difference.sum().item() / batch["mask"].sum().item(),
+            "difference_max": difference.max().item(),
         }
         self._copy(self.host, self.state)  # `offload` waits for it
         torch.cuda.empty_cache()  # the engine's weights wake next, and need room
@@ -941,13 +936,13 @@ class Trainer:
     def _shares(self, batch):
         """This rank's rows for each update, with old log-probabilities for all but the first.
 
-        The first update trains with the weights that its old log-probabilities are of.
+        Before the first update, old and current log-probabilities are the same.
         """
         config, rows = self.config.training, torch.arange(len(batch["tokens"]))
         rows = rows.view(config.updates_per_step, dist.get_world_size(), -1)[:, self.rank]
         shares = [
-            {name: column[own].to(self.device) for name, column in batch.items()}
-            for own in rows  # [B] -> [U, b]
+            {name: column[index].to(self.device) for name, column in batch.items()}
+            for index in rows  # [B] -> [U, b]
         ]
         for share in shares[1:]:
             parts = share["tokens"].split(config.micro_batch)
@@ -968,8 +963,8 @@ class Trainer:
             importance_cap=2.0,
         )
         loss.backward()
-        gap = (old_logprobs - micro["rollout_logprobs"]).abs()
-        return loss.detach(), gap[micro["mask"] > 0]
+        difference = (old_logprobs - micro["rollout_logprobs"]).abs()
+        return loss.detach(), difference[micro["mask"] > 0]
 
     def _logprobs(self, tokens):
         """Log-probability of each next token, [b, T] -> [b, T-1]; causality masks the padding."""
@@ -979,7 +974,7 @@ class Trainer:
     def _reduce_gradients(self):
         """Sum this rank's slice over all ranks, and clip it; returns the norm before that."""
         own = self._own(self.grads)
-        if dist.get_world_size() > 1:  # after gloo's, on a CPU, all else is slower
+        if dist.get_world_size() > 1:  # gloo's makes all else on a CPU slower
             dist.reduce_scatter_tensor(own, self.grads)
         square = get_total_norm(self.own_grads).square()
         dist.all_reduce(square)
@@ -989,7 +984,7 @@ class Trainer:
 
     def _update(self):
         """AdamW on this rank's slice of the master weights; then every rank gets all weights."""
-        self.backend.current_stream().wait_stream(self.copies)
+        self.backend.current_stream().wait_stream(self.copy_stream)
         self.optimizer.step()
         own = self._own(self.weights)
         own.copy_(self.state[0])
@@ -1056,10 +1051,10 @@ class Trainer:
 
     def save(self, folder: str):
         """All ranks at once, after `train`: rank 0 writes whole tensors, for any number of them."""
-        self.backend.current_stream().wait_stream(self.copies)
+        self.backend.current_stream().wait_stream(self.copy_stream)
         whole = torch.empty(3, len(self.weights))
         for row, own in zip(whole, self.state, strict=True):
-            self._gather(self.grads, own)  # whose memory is there, and free
+            self._gather(self.grads, own)  # gradients serve as scratch
             if self.rank == 0:
                 row.copy_(self.grads)
         if self.rank == 0:
@@ -1270,7 +1265,7 @@ class Fleet(NamedTuple):
         EngineError, with the cause from its own log, if any actor of the run has died.
         """
         pairs = zip(actors, each or [args] * len(actors), strict=True)
-        calls = [getattr(actor, method).remote(*own) for actor, own in pairs]
+        calls = [getattr(actor, method).remote(*arguments) for actor, arguments in pairs]
         try:
             return wait_for(calls, self.timeout_s, method, self.engines + self.trainers)
         except ray.exceptions.RayActorError as error:
@@ -1319,7 +1314,7 @@ def train(config, task, fleet, folder, model, done):
         with phase("offload"):
             call(trainers, "offload")
         with phase("wake"):
-            call(engines, "wake", ["kv_cache", "cuda_graph"])
+            call(engines, "wake", ["kv_cache"])
 
         if due:
             row["heldout_reward"] = score_heldout(task, fleet, sampling, version=step + 1)
@@ -1356,9 +1351,9 @@ def timed(row, fleet, phase):
 def generate(fleet, problems, sampling, version):
     """A response to each problem's prompt; the engines share the work, and the order is kept."""
     prompts = [prompt for prompt, _ in problems]
-    share = math.ceil(len(prompts) / len(fleet.engines))
-    shares = [(prompts[at : at + share], sampling) for at in range(0, len(prompts), share)]
-    samples = sum(fleet.call(fleet.engines[: len(shares)], "generate", each=shares), [])
+    size = math.ceil(len(prompts) / len(fleet.engines))
+    parts = [(prompts[at : at + size], sampling) for at in range(0, len(prompts), size)]
+    samples = sum(fleet.call(fleet.engines[: len(parts)], "generate", each=parts), [])
     versions = {sample.weight_version for sample in samples}
     if versions != {str(version)}:
         raise EngineError(f"weight versions of samples are {versions}; expected {version} alone")
@@ -1525,8 +1520,8 @@ def start(config, fleet, plan, folder, model, done):
     tp = config.placement.gpus_per_engine
     try:
         handles = call(trainers, "share_weights")
-        own = [(handles[at : at + tp],) for at in range(0, len(handles), tp)]
-        schedulers = sum(call(engines, "map_weights", each=own), [])
+        by_engine = [(handles[at : at + tp],) for at in range(0, len(handles), tp)]
+        schedulers = sum(call(engines, "map_weights", each=by_engine), [])
     finally:
         call(trainers, "forget_handle")
     check_same_device(uuids, [reading["uuid"] for reading in schedulers])
@@ -1695,7 +1690,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if stopped_by:
             return 128 + stopped_by[0]
         print(f"error: {in_short(error)}", file=sys.stderr)
-        return end_badly(error, folder) if folder.exists() else 1
+        return end_badly(error, folder) if folder.exists() else 2
 
 
 def in_short(error: BaseException) -> str:
@@ -1715,7 +1710,7 @@ def end_badly(error, folder):
     steps_made = any(path.stat().st_size for path in folder.glob("metrics.jsonl"))
     comes_back = isinstance(error, FloatingPointError) or not steps_made
     if comes_back:
-        print("It would come back: train another model, or change settings.", file=sys.stderr)
+        print("It would come back: first train another model, or change settings.", file=sys.stderr)
     command = shlex.join(["python", sys.argv[0], "--resume", str(folder)])
     print(f"The traceback is in {folder}/error.log. To go on:\n{command}", file=sys.stderr)
     return 1 + comes_back

@@ -284,7 +284,7 @@ def test_nodes_are_sorted_by_address(nodes):
         plan = plan_engines(random.Random(seed).sample(bundles, len(bundles)), 2)
         found = [[(b.node_ip, b.node_id) for b in engine.bundles] for engine in plan]
         assert found == [[node] * 2 for node in nodes]
-        numbered = [(engine.engine, engine.node_ip) for engine in plan]
+        numbered = [(engine.engine, engine.bundles[0].node_ip) for engine in plan]
         assert numbered == list(enumerate(ip for ip, _ in nodes))
 
 
@@ -392,7 +392,7 @@ def test_plans_equal_an_oracle_or_are_refused_for_a_true_reason(seed, gpus_per_e
         ]
         assert found == engines
         bases = [(engine[0][2], engine[0][0]) for engine in engines]
-        assert [(engine.base_gpu_id, engine.node_ip) for engine in plan] == bases
+        assert [(engine.base_gpu_id, engine.bundles[0].node_ip) for engine in plan] == bases
 
 
 def test_trainer_and_engine_on_different_gpus_are_refused_with_both_lists():
@@ -681,12 +681,6 @@ def test_the_newest_two_checkpoints_and_all_of_the_user_s_are_kept(tmp_path):
     assert (tmp_path / kept[1] / "a.json").read_bytes() == b"\0{}"
 
 
-def test_a_run_with_nothing_left_to_do_ends_where_its_last_metrics_are_lost():
-    rows = [{"step": 0, "loss": 0.5, "logprob_difference_mean": 0.0}]
-    lines = c.checklist(configured(), None, [], rows, done=10)
-    assert ("held-out reward", False, "0.000 -> nan") in lines
-
-
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     """The calls are real, and written down."""
     calls = []
@@ -740,7 +734,7 @@ def is_accepted(command, monkeypatch, capsys):
     monkeypatch.setattr(c, "ray_session", stop)
     status = c.main(command)
     return (
-        status == 1 and "error: InterruptedError: here Ray would start" in capsys.readouterr().err
+        status == 2 and "error: InterruptedError: here Ray would start" in capsys.readouterr().err
     )
 
 
@@ -987,7 +981,7 @@ def test_a_fault_that_would_come_back_has_status_2(
     monkeypatch.setattr(c, "ray_session", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(c, "run", fail)
     assert c.main(flags({})) == status
-    hint = "It would come back: train another model, or change settings.\n"
+    hint = "It would come back: first train another model, or change settings.\n"
     named = f"error: {type(error).__name__}: {error}\n"
     message = f"{named}{hint if status == 2 else ''}The traceback is in"
     assert message in capsys.readouterr().err
@@ -1375,6 +1369,8 @@ def test_expandable_segments_are_taken_out_of_an_engine_s_environment(name, sett
     assert changes["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] == "false"
     assert changes[name] == ",".join(others) and "OTHER" not in changes
     assert not any("expandable" in value for value in changes.values())
+    # torch reads one of the two names even if it is empty, and then not the other.
+    assert len(changes) == 2
 
 
 # ---- Ray, with logical GPUs ---------------------------------------------------------------------
@@ -2515,13 +2511,10 @@ def nothing():
     [
         ({"py_executable": "/nowhere/python"}, "/nowhere/python: No such file or directory"),
         ({"env_vars": {"PYTHONHOME": "/nowhere"}}, "No module named 'encodings'"),
-        ({"env_vars": {"PYTHONPATH": "FOLDER"}}, "No module named 'nothing_like_it'"),
     ],
-    ids=["no-python", "no-library", "broken-import"],
+    ids=["no-python", "no-library"],
 )
-def test_a_worker_that_cannot_start_says_why(local_ray, tmp_path, environment, reason):
-    (tmp_path / "msgpack.py").write_text("import nothing_like_it")  # Ray imports it
-    environment = json.loads(json.dumps(environment).replace("FOLDER", str(tmp_path)))
+def test_a_worker_that_cannot_start_says_why(local_ray, environment, reason):
     task = ray.remote(num_cpus=0, runtime_env=environment)(nothing).remote()
     message, deadline = "", time.monotonic() + 20
     while reason not in message and time.monotonic() < deadline:
@@ -2530,7 +2523,7 @@ def test_a_worker_that_cannot_start_says_why(local_ray, tmp_path, environment, r
         message = c.in_short(error.value)
     ray.cancel(task, force=True)
     assert message.startswith(
-        "TimeoutError: nothing: not done within 0.5 s; raise that limit if slow"
+        "TimeoutError: nothing: not done within 0.5 s; raise --timeout if slow"
     )
     assert reason in message and "Traceback" not in message and '"' not in message, message
 
@@ -2626,7 +2619,7 @@ def sync(fleet, version):
     fleet("sleep")
     fleet("wake", ["weights"])
     fleet("update_weights", version)
-    fleet("wake", ["kv_cache", "cuda_graph"])
+    fleet("wake", ["kv_cache"])
 
 
 def ask(engine, prompts, **sampling):
@@ -2759,7 +2752,7 @@ def test_what_generates_is_what_was_trained(fleet, tmp_path):
     fleet("update_weights", 1)
     fleet.train("save", str(tmp_path))
     fleet.train("offload")
-    fleet("wake", ["kv_cache", "cuda_graph"])
+    fleet("wake", ["kv_cache"])
     shutil.copy(Path(fleet.model, "config.json"), tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     for engine in fleet.engines:
@@ -3592,7 +3585,7 @@ def test_a_sync_replays_the_loader_or_calls_it_where_it_waits_for_the_gpu(read, 
     for sync in range(1, 4):
         memory.normal_()
         model.weight.data.fill_(torch.nan)
-        c.update_weights(model, [("seed", torch.tensor(sync, device="cuda"))])
+        c.update_in_scheduler(model, [("seed", torch.tensor(sync, device="cuda"))])
         rows = torch.cat([first[1:], second[1:]], 1)
         assert torch.equal(model.weight, torch.cat([rows, torch.zeros_like(rows)]))
         assert read is not torch.clone or torch.equal(model.derived, rows + 1)
@@ -4037,7 +4030,7 @@ class Colocated(NamedTuple):
         """From weights awake to the state in which engines generate."""
         self.sync()
         self.fleet.call(self.fleet.trainers, "offload")
-        self.fleet.call(self.fleet.engines, "wake", ["kv_cache", "cuda_graph"])
+        self.fleet.call(self.fleet.engines, "wake", ["kv_cache"])
 
     def steps(self, count):
         """Rows of some steps, and seconds of each from generation to generation."""
