@@ -217,7 +217,7 @@ def visible_devices(value: str | None, device_count: int) -> list[str]:
     entries = [entry.strip() for entry in value.split(",")]
     # A count above the list's length is the machine's: then an id beyond it is invalid.
     of_machine = device_count > len(entries)
-    visible: list[str] = []
+    visible = []
     for entry in entries:
         if re.fullmatch("[0-9]+", entry) and not (of_machine and int(entry) >= device_count):
             entry = str(int(entry))
@@ -403,7 +403,7 @@ def wait_for(refs: list, timeout_s: float, what: str, watch: Sequence[Any] = ())
     in 5 s.
     """
     deadline = time.monotonic() + timeout_s
-    pings: list[ray.ObjectRef] = []
+    pings = []
     while True:
         try:
             results = ray.get(
@@ -812,7 +812,8 @@ class Trainer:
         # Slow: here it happens while the engines start.
         from transformers import AutoModelForCausalLM
 
-        self.load_model, self.rank, self.config = AutoModelForCausalLM.from_pretrained, rank, config
+        self.load_model = AutoModelForCausalLM.from_pretrained
+        self.rank, self.config = rank, config
         self.on_gpu = bundle.uuid is not None
         self.device = torch.device(f"cuda:{bundle.local_index}" if self.on_gpu else "cpu")
         self.backend = torch.get_device_module(self.device)  # torch.cuda or torch.cpu
@@ -1319,9 +1320,7 @@ def train(config, task, fleet, folder, model, done):
         if due:
             row["heldout_reward"] = score_heldout(task, fleet, sampling, version=step + 1)
         row |= describe(samples, rewards, trained, row["seconds_generate"])
-        rows.append(row)
-        with metrics.open("a") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        keep_row(rows, row, metrics)
         bar.write(step_line(row, steps))
         check_rows(rows, config.training.max_logprob_difference, first=step == done)
         if due:
@@ -1439,6 +1438,12 @@ def check_rows(rows, limit, first):
         )
     if len([row for row in rows[-3:] if "skipped" in row]) == 3:
         raise FloatingPointError(f"{rows[-1]['skipped']} is not finite, 3 steps in a row")
+
+
+def keep_row(rows, row, path):
+    rows.append(row)
+    with path.open("a") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 def step_line(row, steps):
@@ -1650,14 +1655,14 @@ def ray_session(gpus, stopped_by):
 
 def read_config(argv):
     """The settings, and the run's folder; to resume, those of the run where none are given."""
-    flat = (tyro.conf.OmitArgPrefixes,)
-    config = tyro.cli(Config, args=argv, config=flat, description=__doc__)
+    read = partial(tyro.cli, Config, args=argv, config=[tyro.conf.OmitArgPrefixes])
+    config = read(description=__doc__)
     if not config.run.resume:
         return config, Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").resolve()
     folder = Path(config.run.resume).resolve()
     saved = json.loads((folder / "config.json").read_text())
     groups = {group.name: group.default_factory(**saved[group.name]) for group in fields(Config)}
-    return tyro.cli(Config, args=argv, config=flat, default=Config(**groups)), folder
+    return read(default=Config(**groups)), folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
