@@ -133,7 +133,7 @@ class Config:
 
 
 def check_numbers(config: Config) -> list[str]:
-    """Every number out of range, SGLang's version too, by name, value and what was expected."""
+    """Every number out of range, and SGLang's version: the name, its value, what was expected."""
     limits = {
         "steps": (1, 999_999),
         "seed": (0, 2**32 - 1),
@@ -1149,7 +1149,7 @@ class Task(NamedTuple):
     verify: Callable[[str, str], float]
 
 
-SHAPE = (
+SHAPE_FIELDS = (
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
@@ -1192,7 +1192,7 @@ def write_random_model(config, task, folder):
     disable_progress_bar()
     torch.manual_seed(config.run.seed)
     model_config = Qwen3Config(
-        **dict(zip(SHAPE, SHAPES[config.model.shape], strict=True)),
+        **dict(zip(SHAPE_FIELDS, SHAPES[config.model.shape], strict=True)),
         vocab_size=task.vocab_size,
         max_position_embeddings=task.max_length,
         eos_token_id=1,
@@ -1448,14 +1448,14 @@ def keep_row(rows, row, path):
 
 def step_line(row, steps):
     """A step in at most 100 columns; all of it is in metrics.jsonl."""
-    generate, train = row["seconds_generate"], row["seconds_train"]
-    rest = sum(row[name] for name in row if name.startswith("seconds_")) - generate - train
+    generating, training = row["seconds_generate"], row["seconds_train"]
+    rest = sum(row[name] for name in row if name.startswith("seconds_")) - generating - training
     heldout = f" held-out {row['heldout_reward']:.3f}" if "heldout_reward" in row else ""
     return (
         f"step {row['step'] + 1}/{steps} reward {row['reward']:.3f}{heldout} "
         f"{row['tokens_per_second']:.0f} tok/s dlogp "
         f"{row.get('logprob_difference_mean', math.nan):.0e} "
-        f"gen {generate:.2f} train {train:.2f} rest {rest:.2f} s"
+        f"gen {generating:.2f} train {training:.2f} rest {rest:.2f} s"
     )
 
 
