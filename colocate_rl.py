@@ -1283,9 +1283,7 @@ def train(config, task, fleet, folder, model, done):
     sampling = {"max_new_tokens": rollout.max_new_tokens, "stop_token_ids": task.stop_token_ids}
     sampling["temperature"] = rollout.temperature
     files, steps, metrics = model_files(model), config.run.steps, folder / "metrics.jsonl"
-    # A checkpoint holds the metrics up to it. What came after it is dropped, and comes again.
-    metrics.write_bytes(files.get("metrics.jsonl", b"") if done else b"")
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = first_rows(files, metrics, done)
     bar = tqdm(range(done, steps), initial=done, total=steps, unit="step", disable=None)
     for step in bar:
         row = {"step": step}
@@ -1326,6 +1324,15 @@ def train(config, task, fleet, folder, model, done):
         if due:
             files["metrics.jsonl"] = metrics.read_bytes()
             finish_checkpoint(folder, files, step + 1)
+    return rows
+
+
+def first_rows(files, path, done):
+    """The rows up to the checkpoint, which holds them. What came after it is dropped here."""
+    path.write_bytes(files.get("metrics.jsonl", b"") if done else b"")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    if len(rows) < done:
+        print(f"the checkpoint has the metrics of {len(rows)} of {done} steps", flush=True)
     return rows
 
 
@@ -1605,6 +1612,8 @@ def run(config, task, folder):
     fleet = make_actors(config, group, plan, logs)
     schedulers = start(config, fleet, plan, logs, model, done)
     rows = train(config, task, fleet, folder, model, done)
+    if not rows:  # no step was left to do, and the checkpoint has no metrics
+        return
 
     lines = checklist(fleet.call(fleet.engines, "read_log"), schedulers, rows)
     seconds = time.perf_counter() - start_time

@@ -668,6 +668,23 @@ def test_three_skipped_steps_in_a_row_stop_the_run():
         c.check_rows([made, skipped, skipped, skipped], 0.1, first=False)
 
 
+@pytest.mark.parametrize(
+    ("text", "done", "kept"),
+    [
+        pytest.param('{"step": 0}\n{"step": 1}\n', 2, 2, id="whole"),
+        pytest.param('{"step": 0}\n', 0, 0, id="of-another-run"),
+        pytest.param(None, 2, 0, id="missing"),
+    ],
+)
+def test_a_run_goes_on_with_the_metrics_of_its_checkpoint(tmp_path, capsys, text, done, kept):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')  # a step more, and a part
+    files = {} if text is None else {path.name: text.encode()}
+    assert [row["step"] for row in c.first_rows(files, path, done)] == list(range(kept))
+    assert len(path.read_text().splitlines()) == kept
+    assert (f"metrics of {kept} of {done} steps" in capsys.readouterr().out) == (kept < done)
+
+
 def test_the_newest_two_checkpoints_and_all_of_the_user_s_are_kept(tmp_path):
     others = ["checkpoint-best", "checkpoint-000001-hf", "checkpoint-1", "my-checkpoint-000001"]
     for name in others:
