@@ -1580,6 +1580,11 @@ def checklist(logs, schedulers, rows):
     ]
 
 
+def print_checklist(lines):
+    for what, right, reading in lines:
+        print({True: "[x]", False: "[FAILED]", None: "[ ]"}[right], f"{what}: {reading}")
+
+
 # ---- 9. One run, and the command line -----------------------------------------------------------
 
 
@@ -1619,8 +1624,7 @@ def run(config, task, folder):
     seconds = time.perf_counter() - start_time
     summary = {"wall_seconds": seconds, "checklist": lines, "schedulers": schedulers}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2))
-    for what, right, reading in lines:
-        print({True: "[x]", False: "[FAILED]", None: "[ ]"}[right], f"{what}: {reading}")
+    print_checklist(lines)
     print(f"{seconds:.0f} s, all of it in {folder}")
 
 
