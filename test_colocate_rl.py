@@ -2406,7 +2406,7 @@ def test_a_family_trains_or_ends_with_its_reason(chat_model, tmp_path, verdicts,
         difference = f"{max(differences):.1e}" if differences else ""
         verdicts.append([*row, difference, message.splitlines()[0]])
         assert status == 2 and re.search(FAMILIES[name].fault, message), output
-        assert f"train another model than {tmp_path / 'model'}, or" in message, message
+        assert "train another model, or change settings" in message, message
         assert "OOM" not in message, message
     else:
         verdicts.append([*row, f"{assert_trains(job, model):.1e}", "trains"])
