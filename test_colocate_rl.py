@@ -2138,7 +2138,7 @@ def test_a_cluster_on_which_another_job_holds_a_gpu(tmp_path):
             f"asked for {everything} GPUs, 1 are missing: the cluster has {everything} on 1 "
             "node(s), of which others hold 1"
         )
-        assert status == 1 and f"no placement group within timeout=2 s: {expected}" in output
+        assert status == 2 and f"no placement group within timeout=2 s: {expected}" in output
 
 
 @pytest.mark.long
@@ -2712,7 +2712,7 @@ def test_an_engine_refuses_what_would_kill_its_scheduler(fleet):
     assert len(c.wait_for([long], 60, "generate")[0][0].response_ids) == 400
     refused(engine.generate.remote([[3, 4, 2]], {}), "asleep: ['kv_cache', 'weights']")
     refused(engine.sleep.remote(["weights"]), "asleep")
-    refused(engine.update_weights.remote(1), "update_weights")
+    refused(engine.update_weights.remote(1), "update_in_scheduler")
     c.wait_for([engine.wake.remote(["weights"])], 60, "wake")
     c.wait_for([engine.wake.remote(["kv_cache"])], 60, "wake")
     assert ask(engine, [[3, 4, 2]])  # still alive
