@@ -2079,15 +2079,16 @@ HOLDER = """
 import sys, time
 import ray
 
-@ray.remote(num_gpus=1)
+gpus, held = map(int, sys.argv[1:])
+
+@ray.remote(num_gpus=held)
 class OtherJob:
     def gpu_ids(self):
         return ray.get_gpu_ids()
 
-gpus = int(sys.argv[1]) or None
-ray.init("local", num_gpus=gpus, include_dashboard=False, log_to_driver=False)
+ray.init("local", num_gpus=gpus or None, include_dashboard=False, log_to_driver=False)
 job = OtherJob.remote()
-print(ray.get_runtime_context().gcs_address, ray.get(job.gpu_ids.remote())[0], flush=True)
+print(ray.get_runtime_context().gcs_address, *ray.get(job.gpu_ids.remote()), flush=True)
 time.sleep(600)
 """
 TWO_NODES = """
@@ -2124,7 +2125,7 @@ def test_a_cluster_on_which_another_job_holds_a_gpu(tmp_path):
     if GPUS == 1:
         pytest.skip("needs a second GPU")
     everything = str(GPUS or 2)
-    with other_program(HOLDER, "0" if GPUS else "2", cwd=tmp_path) as (_, (address, held)):
+    with other_program(HOLDER, "0" if GPUS else "2", "1", cwd=tmp_path) as (_, (address, held)):
         # As ray.init started it.
         on_cluster = {"on_gpus": True, "RAY_ADDRESS": address, "RAY_AUTH_MODE": "token"}
         options = ["--gpus", "1", *(["--steps", "2"] if GPUS else ["--dry-run"])]
@@ -3165,40 +3166,16 @@ def test_a_run_with_expandable_segments_in_its_environment(small_jobs):
     finished(small_jobs["expandable"])
 
 
-HOLD_TWO = """
-import time
-import ray
-
-@ray.remote(num_gpus=2)
-class OtherJob:
-    def gpu_ids(self):
-        return ray.get_gpu_ids()
-
-ray.init("local", include_dashboard=False, log_to_driver=False)
-job = OtherJob.remote()
-print(ray.get_runtime_context().gcs_address, *ray.get(job.gpu_ids.remote()), flush=True)
-time.sleep(600)
-"""
-
-
 @pytest.mark.gpu
 @skip_below(4)
 def test_an_engine_beside_a_ray_job_that_holds_the_first_two_gpus(tmp_path):
     """The plan is right where the formula of the loop index is not."""
     # The other job has no path to colocate_rl.py, which is shipped to its workers.
-    env = environment({"PYTHONPATH": os.environ.get("PYTHONPATH", "")})
-    command = [sys.executable, "-c", HOLD_TWO]
-    holder = subprocess.Popen(command, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE)
-    try:
-        address, *held = holder.stdout.readline().split()
+    with other_program(HOLDER, "0", "2", cwd=tmp_path) as (_, (address, *held)):
         assert held == ["0", "1"]
         options = ["--gpus", "2", "--gpus-per-engine", "2", "--steps", "2"]
         job = Job(tmp_path, *options, on_gpus=True, RAY_ADDRESS=address, RAY_AUTH_MODE="token")
         status, output = job.end(400)
-    finally:
-        processes = psutil.Process(holder.pid).children(recursive=True)
-        holder.kill()
-        psutil.wait_procs(processes, timeout=15)
     assert status == 0, output
     found = re.findall(r"local index (\d+) -> .* tp_rank (\d+) base_gpu_id (\d+)", output)
     assert found == [("2", "0", "2"), ("3", "1", "2")] and get_base_gpu_id(0, 2, GPUS) == 0
@@ -3209,6 +3186,7 @@ def test_an_engine_beside_a_ray_job_that_holds_the_first_two_gpus(tmp_path):
 # Functions that SGLang calls in its scheduler processes; `pickle` may bring them nothing.
 ENGINE_LOADERS = """
 import torch
+from colocate_rl import load_mapped
 from sglang.srt.distributed.parallel_state import get_tp_group
 
 def report(model, _):
@@ -3223,7 +3201,7 @@ def restore(model, _):
     torch.cuda.synchronize()
 
 def without_graph(model, _):
-    model.load_weights(model.mapped)
+    load_mapped(model)
     torch.cuda.synchronize()
 """
 LOADER_NAMES = [f"engine_loaders.{name}" for name in re.findall(r"def (\w+)", ENGINE_LOADERS)]
