@@ -2193,6 +2193,12 @@ def two_networks():
             subprocess.run(["ip", "netns", "del", name])
 
 
+def kill_tree(program):
+    for process in [*psutil.Process(program.pid).children(recursive=True), program]:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
 def ray_node(network, address, *options):
     """A Ray node with an address of its own, of one logical GPU."""
     # Which address gloo would take by itself depends on how the machine's name is resolved.
@@ -2223,17 +2229,13 @@ def test_two_nodes_with_addresses_of_their_own(tmp_path):
             job = Job(tmp_path, command=command, RAY_ADDRESS=address, RAY_AUTH_MODE="token")
             job.until(lambda rows: len(rows) > 3)
             rows = job.rows()
-            children = psutil.Process(nodes[1].pid).children(recursive=True)
-            for process in [nodes[1], *children]:
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
+            kill_tree(nodes[1])
             start = time.monotonic()
             status, output = job.end(120)
             print(output[-2000:], f"ended {time.monotonic() - start:.0f} s after the node")
         finally:
             for node in nodes:
-                for process in [*psutil.Process(node.pid).children(recursive=True), node]:
-                    process.kill()
+                kill_tree(node)
     # The second node's address is the smaller number, but not the smaller text.
     for engine, ip in enumerate(("10.77.0.9", "10.77.0.10")):
         assert re.search(rf"node {ip} -> .* -> engine {engine} ", output), output
