@@ -337,6 +337,10 @@ ONE_LIST = {
 ENGINE_SHARE, TRAINER_SHARE, PROBE_SHARE = 0.3, 0.6, 0.1
 
 
+class EngineError(RuntimeError):
+    """An engine or trainer failed, or an engine refused what would have killed its scheduler."""
+
+
 def create_placement_group(num_gpus: int, timeout_s: float) -> PlacementGroup:
     """Reserve bundles of one GPU each, packed on few nodes.
 
@@ -448,10 +452,6 @@ ENGINE_FAULTS = {
     r"CUDA error: invalid device ordinal": "base_gpu_id is no index into the visible list, but "
     "maybe a physical id. Use plan_engines, and compare --dry-run with CUDA_VISIBLE_DEVICES.",
 }
-
-
-class EngineError(RuntimeError):
-    """An engine or trainer failed, or an engine refused what would have killed its scheduler."""
 
 
 class Sample(NamedTuple):
@@ -1473,7 +1473,8 @@ def checkpoints(folder):
 
 def model_files(model):
     """All but the weights of a model's folder or id: config, tokenizer, chat template and so on."""
-    weights = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5")
+    weights = ["*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5"]
+    weights += ["*.msgpack", "*.onnx", "*.ot"]
     if not Path(model).is_dir():
         model = huggingface_hub.snapshot_download(model, ignore_patterns=weights)
     files = [path for path in Path(model).iterdir() if path.is_file()]
