@@ -1041,14 +1041,15 @@ class Trainer:
         tensors = {name: b for name, b in self.model.named_buffers() if name in persistent}
         tensors |= zip(self.names, self._views(flat), strict=True)
         memory = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
-        found = revert_weight_conversion(self.model, tensors)
+        views = {name: tensor.as_subclass(View) for name, tensor in tensors.items()}
+        found = revert_weight_conversion(self.model, views)
         copies = [n for n, t in found.items() if t.untyped_storage().data_ptr() not in memory]
         if copies:
             raise EngineError(
                 f"{type(self.model).__name__}: transformers copies {copies[0]} for its files; "
                 "expected views of the parameters. Train another model."
             )
-        return found
+        return {name: view.as_subclass(torch.Tensor) for name, view in found.items()}
 
     def save(self, folder: str):
         """All ranks at once, after `train`: rank 0 writes whole tensors, for any number of them."""
@@ -1061,10 +1062,18 @@ class Trainer:
         if self.rank == 0:
             Path(folder).mkdir(parents=True, exist_ok=True)
             weights = self._as_in_files(whole[0])
+            weights = {name: tensor.contiguous() for name, tensor in weights.items()}
             save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
             moments = whole[1:, : sum(self.sizes)].contiguous()  # without the padding
             adam = {"step": self.updates, "moments": moments}
             save_file(adam, f"{folder}/optimizer.safetensors")
+
+
+class View(torch.Tensor):
+    """Stays a view where transformers 5.19 asks, between two slices, for a contiguous copy."""
+
+    def contiguous(self):
+        return self
 
 
 def add_gradient(total, parameter):
