@@ -392,8 +392,11 @@ def probe_bundle(index: int) -> Bundle:
     return Bundle(index, node_id, node["NodeManagerAddress"], gpu_id, local_index, uuid)
 
 
-def device_uuid(local_index: int) -> str | None:
-    """The UUID, as NVML names it, of what the calling process sees at an index; None on a CPU."""
+def device_uuid(local_index: int | None = None) -> str | None:
+    """The UUID, as NVML names it, of a device of the calling process, by default the current one.
+
+    None on a machine without GPUs.
+    """
     if not torch.cuda.is_available():
         return None
     device = torch.cuda.get_device_properties(local_index)
@@ -532,9 +535,9 @@ def engine_args(
             # If it ran out of tokens, it would need CUDA.
             "max_total_tokens": (max_running_requests + 1) * context_length,
         }
-    renamed = Version("0.5.14") <= SGLANG
-    largest_batch = "cuda_graph_max_bs_decode" if renamed else "cuda_graph_max_bs"
-    no_prefill_graph = "disable_prefill_cuda_graph" if renamed else "disable_piecewise_cuda_graph"
+    largest_batch, no_prefill_graph = "cuda_graph_max_bs_decode", "disable_prefill_cuda_graph"
+    if SGLANG.release < (0, 5, 14):
+        largest_batch, no_prefill_graph = "cuda_graph_max_bs", "disable_piecewise_cuda_graph"
     return args | {
         "device": "cuda",
         "dtype": "bfloat16",
@@ -761,7 +764,7 @@ def print_reading():
     reading = {
         "tp_rank": group.rank_in_group,
         "pid": os.getpid(),
-        "uuid": device_uuid(torch.cuda.current_device() if torch.cuda.is_available() else 0),
+        "uuid": device_uuid(),
         "all_reduce": type(group.ca_comm).__name__ if in_use else None,
     }
     print(f"\nscheduler: {json.dumps(reading)}", flush=True)
@@ -826,7 +829,7 @@ class Trainer:
         self.backend.set_device(self.device)
         torch.set_num_threads(max(1, joblib.cpu_count() // ranks))  # Ray sets 1
         dist.init_process_group(
-            "nccl" if self.on_gpu else "gloo",
+            dist.get_default_backend_for_device(self.device),
             init_method=f"file://{rendezvous}",
             rank=self.rank,
             world_size=ranks,
@@ -846,7 +849,7 @@ class Trainer:
             self.token_logprobs = torch.compile(token_logprobs)  # keeps no logits in fp32
             for layer in self.model.get_decoder().layers:
                 layer.compile()
-        return device_uuid(self.device.index or 0)
+        return device_uuid()
 
     def _make_buffers(self):
         self.names, parameters = zip(*self.model.named_parameters(), strict=True)  # tied ones once
@@ -1620,8 +1623,9 @@ def run(config, task, folder):
         write_random_model(config, task, folder / "unfinished")
         finish_checkpoint(folder, {}, 0)
     saved = checkpoints(folder)
-    model = str(saved[-1]) if saved else config.model.model
-    done = int(model[-6:]) if saved else 0
+    model, done = config.model.model, 0
+    if saved:
+        model, done = str(saved[-1]), int(saved[-1].name[-6:])
     print(f"from {model}, {done} of {config.run.steps} steps done", flush=True)
 
     fleet = make_actors(config, group, plan, logs)
@@ -1654,8 +1658,9 @@ def ray_session(gpus, stopped_by):
         # Start Ray here, on loopback only. It counts real GPUs itself; logical ones it is told.
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
         environment["env_vars"] = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-        gpus = None if torch.cuda.is_available() else gpus
-        options |= {"address": "local", "include_dashboard": False, "num_gpus": gpus}
+        options |= {"address": "local", "include_dashboard": False}
+        if not torch.cuda.is_available():
+            options["num_gpus"] = gpus
     others = set(psutil.Process().children(recursive=True))
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
@@ -1669,7 +1674,7 @@ def ray_session(gpus, stopped_by):
         stopping = True  # the clean-up comes to its end
         children = set(psutil.Process().children(recursive=True)) - others
         ray.shutdown()
-        _, alive = psutil.wait_procs(children, timeout=0 if stopped_by else 3)
+        _, alive = psutil.wait_procs(children, timeout=3)
         for process in alive:  # SGLang's, hung or starting
             with contextlib.suppress(psutil.Error):
                 process.kill()
