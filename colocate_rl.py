@@ -684,7 +684,7 @@ def log_to(path: str):
 CPU_STUB = """
 import sys, torch
 sys.modules["sgl_kernel.kvcacheio"] = sys.modules["sgl_kernel"]
-torch.cuda.synchronize = torch.cpu.synchronize
+torch.cuda.synchronize = lambda *_: None
 __getattr__ = {}.get
 """
 

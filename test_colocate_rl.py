@@ -2396,17 +2396,19 @@ def test_a_family_trains_or_ends_with_its_reason(chat_model, tmp_path, verdicts,
     shared = set(Path("/dev/shm").glob("torch_*"))
     job, model = family_job(tmp_path, chat_model, name)
     row = [name, type(model).__name__, f"{model.num_parameters():,}"]
-    if FAMILIES[name].fault:
-        status, output = job.end(400)
+    status, output = job.end(400)
+    fault = FAMILIES[name].fault
+    if c.SGLANG.release == (0, 5, 12):  # others know more models, and fewer
+        assert status == (2 if fault else 0) and re.search(fault, output), output
+    if status == 0:
+        verdicts.append([*row, f"{assert_trains(job, model):.1e}", "trains"])
+    else:
         _, message = re.split("(?m)^error: ", output, maxsplit=1)
         differences = [row["logprob_difference_mean"] for row in job.rows()]
         difference = f"{max(differences):.1e}" if differences else ""
         verdicts.append([*row, difference, message.splitlines()[0]])
-        assert status == 2 and re.search(FAMILIES[name].fault, message), output
-        assert "train another model, or change settings" in message, message
+        assert status == 2 and "train another model, or change settings" in message, message
         assert "OOM" not in message, message
-    else:
-        verdicts.append([*row, f"{assert_trains(job, model):.1e}", "trains"])
     assert set(Path("/dev/shm").glob("torch_*")) <= shared
 
 
