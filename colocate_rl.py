@@ -440,10 +440,11 @@ def failed_workers() -> str:
 # ---- 4. Engine: one Ray actor a SGLang engine, and what runs in its scheduler processes ---------
 
 # All of SGLang that this file uses and that is not documented for users. Each was seen in
-# 0.5.12.post1, 0.5.17 and 0.5.23: of Engine run_scheduler_process_func, custom_sigquit_handler,
-# loop, and tokenizer_manager with its flush_cache and update_weights_from_tensor; the request
-# UpdateWeightsFromTensorReqInput; run_scheduler_process; get_tp_group, of which rank_in_group and
-# ca_comm with `disabled`; the variables named SGLANG_...; the lines that parse_engine_log reads.
+# 0.5.12.post1, 0.5.15.post1, 0.5.17 and 0.5.23: of Engine run_scheduler_process_func,
+# custom_sigquit_handler, loop, and tokenizer_manager with its flush_cache and
+# update_weights_from_tensor; the request UpdateWeightsFromTensorReqInput; run_scheduler_process;
+# get_tp_group, of which rank_in_group and ca_comm with `disabled`; the variables named SGLANG_...;
+# the lines that parse_engine_log reads.
 SGLANG = Version(importlib.metadata.version("sglang"))
 OLDEST, NEWEST = Version("0.5.12"), Version("0.5.23")  # of the versions that it ran with
 MEMORY_TAGS = ("kv_cache", "weights")  # SGLang's names for what can sleep
