@@ -40,7 +40,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -2301,6 +2301,22 @@ class Family(NamedTuple):
     fault: str = ""  # a pattern of the message, where it cannot be trained
 
 
+VISION = TIED | {
+    "text_config": SMALL_MODEL
+    | HEADS
+    | TIED
+    | {"rope_parameters": {"sliding_attention": ROPE} | LINEAR},
+    "vision_config": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+        "vision_use_head": False,
+    },
+    "mm_tokens_per_image": 4,
+}
 ANOTHER_MODEL = "A likely cause is the model, which SGLang and transformers compute differently"
 FAMILIES = {
     "Qwen3": Family("qwen3", HEADS | TIED),
@@ -2320,6 +2336,7 @@ FAMILIES = {
     "Gemma-3, text, rope factor": Family(
         "gemma3_text", HEADS | TIED | {"rope_parameters": {"sliding_attention": ROPE} | LINEAR}
     ),
+    "Gemma-3 with vision": Family("gemma3", VISION),
     "GLM-4": Family("glm4", HEADS),
     "OLMo-2": Family("olmo2", {}),
     "Granite": Family("granite", TIED | {"embedding_multiplier": 2.0, "logits_scaling": 2.0}),
@@ -2351,6 +2368,15 @@ def write_family(family, folder, chat_model):
             tensor += 0.1 * torch.randn(tensor.shape)
     shutil.copytree(chat_model, folder / "model")
     model.save_pretrained(folder / "model")
+    if (
+        "vision_config" in family.settings
+    ):  # made from its config, it has other names than the hub's
+        file = folder / "model" / "model.safetensors"
+        renamed = {
+            name.replace("tower.", "tower.vision_model."): tensor
+            for name, tensor in load_file(file).items()
+        }
+        save_file(renamed, file, metadata={"format": "pt"})
     return model
 
 
