@@ -37,6 +37,7 @@ from typing import Any, Literal, NamedTuple
 
 import huggingface_hub
 import joblib
+import numpy as np
 import psutil
 import pynvml
 import ray
@@ -739,6 +740,7 @@ def map_in_scheduler(model, named_tensors):
     model.load_mapped = partial(load_mapped, model)
     if named_tensors[0][1].is_cuda:
         model.load_mapped = as_cuda_graph(model.load_mapped)
+        pause_when_idle()
     for parameter in model.parameters():
         parameter.data.fill_(math.nan)
     model.load_mapped()
@@ -754,6 +756,19 @@ def map_in_scheduler(model, named_tensors):
 def load_mapped(model):
     """SGLang's loader over the mapped weights. Gemma's writes into vectors, so these are copied."""
     model.load_weights((name, t.clone() if t.ndim == 1 else t) for name, t in model.mapped)
+
+
+def pause_when_idle():
+    """SGLang, to sleep, copies the model's buffers, and unmaps them before the GPU has done so."""
+    from torch_memory_saver import torch_memory_saver
+
+    pause = torch_memory_saver.pause
+
+    def wait_and_pause(tag):
+        torch.cuda.synchronize()
+        pause(tag)
+
+    torch_memory_saver.pause = wait_and_pause
 
 
 def print_reading():
@@ -908,9 +923,10 @@ class Trainer:
         Loss and mean difference are this rank's part of the sum over ranks.
         """
         config, losses, differences = self.config.training, [], []
-        self._onload()
         bad = next((name for name, rows in batch.items() if not rows.isfinite().all()), None)
-        for update, share in enumerate(self._shares(batch)):
+        shares = self._shares(batch)
+        self._onload()  # now, for behind the state's copy the batch's would wait
+        for update, share in enumerate(shares):
             num_tokens = share["mask"].sum()
             dist.all_reduce(num_tokens)
             for at in range(0, len(share["tokens"]), config.micro_batch):
@@ -1416,14 +1432,19 @@ def make_batch(samples, advantages):
 
     In the last two, what belongs to token t + 1 stands at t.
     """
-    columns = {"tokens": [], "mask": [], "rollout_logprobs": []}
-    for sample in samples:
-        prompt = [0.0] * (len(sample.prompt_ids) - 1)
-        columns["tokens"].append(torch.tensor(sample.prompt_ids + sample.response_ids))
-        columns["mask"].append(torch.tensor(prompt + [1.0] * len(sample.logprobs)))
-        columns["rollout_logprobs"].append(torch.tensor(prompt + sample.logprobs))
-    batch = {name: pad_sequence(rows, batch_first=True) for name, rows in columns.items()}
-    return batch | {"advantages": advantages}
+    prompts = [[0.0] * (len(sample.prompt_ids) - 1) for sample in samples]
+    pairs = list(zip(prompts, samples, strict=True))
+    return {
+        "tokens": padded([s.prompt_ids + s.response_ids for s in samples], "int64"),
+        "mask": padded([zeros + [1.0] * len(s.logprobs) for zeros, s in pairs], "float32"),
+        "rollout_logprobs": padded([zeros + s.logprobs for zeros, s in pairs], "float32"),
+        "advantages": advantages,
+    }
+
+
+def padded(rows, dtype):
+    # From lists of numbers, numpy makes arrays several times as fast as torch makes tensors.
+    return pad_sequence([torch.from_numpy(np.array(row, dtype)) for row in rows], batch_first=True)
 
 
 def describe(samples, rewards, trained, seconds):

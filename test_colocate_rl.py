@@ -3626,6 +3626,39 @@ def test_a_sync_replays_the_loader_or_calls_it_where_it_waits_for_the_gpu(read, 
     assert ("WARNING: syncs run" in capsys.readouterr().out) == waits
 
 
+# What SGLang does to sleep, while its copy waits behind a second of other work.
+COPY_AND_PAUSE = """
+import sys, torch
+import colocate_rl as c
+from torch_memory_saver import torch_memory_saver
+if sys.argv[1] == "waits":
+    c.pause_when_idle()
+with torch_memory_saver.region(tag="weights"):
+    buffer = torch.ones(2**20, device="cuda")
+torch.cuda._sleep(2_000_000_000)
+copy = buffer.detach().clone()
+torch_memory_saver.pause(tag="weights")
+torch.cuda.synchronize()
+print("sum", copy.sum().item())
+"""
+
+
+@pytest.mark.gpu
+@skip_below(1)
+@pytest.mark.parametrize("how", ["waits", "as SGLang has it"])
+def test_memory_is_unmapped_only_when_what_reads_it_has_ended(how):
+    from torch_memory_saver import configure_subprocess
+
+    command = [sys.executable, "-c", COPY_AND_PAUSE, how]
+    with configure_subprocess():
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    print(how, ended.returncode, ended.stdout, ended.stderr[-300:])
+    if how == "waits":
+        assert ended.stdout == f"sum {2.0**20}\n"
+    else:
+        assert "illegal memory access" in ended.stderr
+
+
 # FAULT names what to kill in step 7: its name, the phase, and seconds from its start on.
 GPU_FAULTS = (
     SMALL
