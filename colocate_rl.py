@@ -444,8 +444,8 @@ def failed_workers() -> str:
 # 0.5.12.post1, 0.5.15.post1, 0.5.17 and 0.5.23: of Engine run_scheduler_process_func,
 # custom_sigquit_handler, loop, and tokenizer_manager with its flush_cache and
 # update_weights_from_tensor; the request UpdateWeightsFromTensorReqInput; run_scheduler_process;
-# get_tp_group, of which rank_in_group and ca_comm with `disabled`; the variables named SGLANG_...;
-# the lines that parse_engine_log reads.
+# get_tp_group, of which rank_in_group and ca_comm with `disabled`; that it sleeps by
+# torch_memory_saver.pause; the variables named SGLANG_...; the lines that parse_engine_log reads.
 SGLANG = Version(importlib.metadata.version("sglang"))
 OLDEST, NEWEST = Version("0.5.12"), Version("0.5.23")  # of the versions that it ran with
 MEMORY_TAGS = ("kv_cache", "weights")  # SGLang's names for what can sleep
@@ -509,7 +509,7 @@ def capture_guard(environment: dict[str, str]) -> dict[str, str]:
 
 def engine_args(
     placement: EnginePlacement,
-    model: str,
+    model_path: str,
     max_running_requests: int,
     context_length: int = 512,
     mem_fraction: float = 0.6,
@@ -517,7 +517,7 @@ def engine_args(
 ) -> dict[str, Any]:
     """SGLang's settings of an engine that shares its GPUs. `mem_fraction`: weights and KV cache."""
     args = {
-        "model_path": model,
+        "model_path": model_path,
         "context_length": context_length,
         "base_gpu_id": placement.base_gpu_id,
         "tp_size": len(placement.bundles),
@@ -837,7 +837,9 @@ class Trainer:
         self.device = torch.device(f"cuda:{bundle.local_index}" if self.on_gpu else "cpu")
         self.backend = torch.get_device_module(self.device)  # torch.cuda or torch.cpu
 
-    def start(self, rendezvous: str, ranks: int, model: str, resume: bool = False) -> str | None:
+    def start(
+        self, rendezvous: str, ranks: int, model_path: str, resume: bool = False
+    ) -> str | None:
         """Join the other ranks through a shared file; load the model, and to resume, the moments.
 
         Returns the UUID of the GPU in use.
@@ -851,11 +853,11 @@ class Trainer:
             world_size=ranks,
             timeout=timedelta(seconds=self.config.run.timeout),
         )
-        self.model = self.load_model(model, dtype=torch.float32)
+        self.model = self.load_model(model_path, dtype=torch.float32)
         self._make_buffers()
         self._make_optimizer()
         if resume:
-            saved = load_file(f"{model}/optimizer.safetensors")
+            saved = load_file(f"{model_path}/optimizer.safetensors")
             self.updates.copy_(saved["step"])
             self.host[1:] = self._own(self._padded(saved["moments"]))
         self.copy_stream = self.backend.Stream()
@@ -1306,12 +1308,12 @@ class Fleet(NamedTuple):
             raise EngineError(f"{log.stem} died in {method}: {cause}\n{log}") from error
 
 
-def train(config, task, fleet, folder, model, done):
+def training_loop(config, task, fleet, folder, model_path, done):
     """The loop, from `done` steps to all of them. Returns the metrics, a row a step."""
     engines, trainers, call, rollout = fleet.engines, fleet.trainers, fleet.call, config.rollout
     sampling = {"max_new_tokens": rollout.max_new_tokens, "stop_token_ids": task.stop_token_ids}
     sampling["temperature"] = rollout.temperature
-    files, steps, metrics = model_files(model), config.run.steps, folder / "metrics.jsonl"
+    files, steps, metrics = model_files(model_path), config.run.steps, folder / "metrics.jsonl"
     rows = first_rows(files, metrics, done)
     bar = tqdm(range(done, steps), initial=done, total=steps, unit="step", disable=None)
     for step in bar:
@@ -1322,7 +1324,7 @@ def train(config, task, fleet, folder, model, done):
         problems = draw_problems(config, task, step)  # [P*G]
 
         with phase("generate"):
-            samples = generate(fleet, problems, sampling, version=step)
+            samples = generate_samples(fleet, problems, sampling, version=step)
         with phase("sleep"):
             call(engines, "sleep")
         with phase("score"):
@@ -1383,7 +1385,7 @@ def timed(row, fleet, phase):
         row[f"gib_{phase}"] = used
 
 
-def generate(fleet, problems, sampling, version):
+def generate_samples(fleet, problems, sampling, version):
     """A response to each problem's prompt; the engines share the work, and the order is kept."""
     prompts = [prompt for prompt, _ in problems]
     size = math.ceil(len(prompts) / len(fleet.engines))
@@ -1423,7 +1425,7 @@ class VerifierError(RuntimeError):
 
 def score_heldout(task, fleet, sampling, version):
     heldout = task.problems[:HELD_OUT]
-    samples = generate(fleet, heldout, sampling | {"temperature": 0.0}, version)  # greedy
+    samples = generate_samples(fleet, heldout, sampling | {"temperature": 0.0}, version)  # greedy
     return score(task, samples, heldout, fleet.timeout_s).mean().item()
 
 
@@ -1505,13 +1507,13 @@ def checkpoints(folder):
     return sorted(p for p in folder.iterdir() if re.fullmatch(r"checkpoint-\d{6}", p.name))
 
 
-def model_files(model):
+def model_files(model_path):
     """All but the weights of a model's folder or id: config, tokenizer, chat template and so on."""
     weights = ["*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5"]
     weights += ["*.msgpack", "*.onnx", "*.ot"]
-    if not Path(model).is_dir():
-        model = huggingface_hub.snapshot_download(model, ignore_patterns=weights)
-    files = [path for path in Path(model).iterdir() if path.is_file()]
+    if not Path(model_path).is_dir():
+        model_path = huggingface_hub.snapshot_download(model_path, ignore_patterns=weights)
+    files = [path for path in Path(model_path).iterdir() if path.is_file()]
     return {p.name: p.read_bytes() for p in files if not any(map(p.match, weights))}
 
 
@@ -1554,16 +1556,16 @@ def make_actors(config, group, plan, folder):
     return Fleet(engines, trainers, logs, config.run.timeout)
 
 
-def start(config, fleet, plan, folder, model, done):
+def start_actors(config, fleet, plan, folder, model_path, done):
     """Start and check everything; returns what each scheduler process has read of itself."""
     engines, trainers, call, rollout = fleet.engines, fleet.trainers, fleet.call, config.rollout
     samples = math.ceil(rollout.prompts_per_step * rollout.group_size / len(engines))
     limits = (samples, rollout.context_length, rollout.mem_fraction, config.run.seed)
     # Engines start first, for each sizes its KV cache by the memory that is free. Their weights
     # stay awake, for map_weights compares them.
-    call(engines, "start", each=[(engine_args(place, model, *limits),) for place in plan])
+    call(engines, "start", each=[(engine_args(place, model_path, *limits),) for place in plan])
     call(engines, "sleep", ["kv_cache"])
-    uuids = call(trainers, "start", f"{folder}/rendezvous", len(trainers), model, done > 0)
+    uuids = call(trainers, "start", f"{folder}/rendezvous", len(trainers), model_path, done > 0)
     tp = config.placement.gpus_per_engine
     try:
         handles = call(trainers, "share_weights")
@@ -1645,14 +1647,14 @@ def run(config, task, folder):
         write_random_model(config, task, folder / "unfinished")
         finish_checkpoint(folder, {}, 0)
     saved = checkpoints(folder)
-    model, done = config.model.model, 0
+    model_path, done = config.model.model, 0
     if saved:
-        model, done = str(saved[-1]), int(saved[-1].name[-6:])
-    print(f"from {model}, {done} of {config.run.steps} steps done", flush=True)
+        model_path, done = str(saved[-1]), int(saved[-1].name[-6:])
+    print(f"from {model_path}, {done} of {config.run.steps} steps done", flush=True)
 
     fleet = make_actors(config, group, plan, logs)
-    schedulers = start(config, fleet, plan, logs, model, done)
-    rows = train(config, task, fleet, folder, model, done)
+    schedulers = start_actors(config, fleet, plan, logs, model_path, done)
+    rows = training_loop(config, task, fleet, folder, model_path, done)
     if not rows:  # no step was left to do, and the checkpoint has no metrics
         return
 

@@ -1992,7 +1992,7 @@ import torch
 import torch.distributed as dist
 import colocate_rl as c
 
-generate, group_advantages, steps = c.generate, c.group_advantages, []
+generate, group_advantages, steps = c.generate_samples, c.group_advantages, []
 
 def written(fleet, problems, sampling, version):
     samples = generate(fleet, problems, sampling, version)
@@ -2007,7 +2007,7 @@ def bad_advantages(rewards):
     bad = steps[-1] == 1 or steps[-1] >= 20
     return group_advantages(rewards) * (float("nan") if bad else 1)
 
-c.generate, c.group_advantages = written, bad_advantages
+c.generate_samples, c.group_advantages = written, bad_advantages
 sys.exit(c.main(sys.argv[1:]))
 """
 
@@ -4118,7 +4118,7 @@ class Colocated(NamedTuple):
         folder.mkdir()
         with pytest.MonkeyPatch.context() as patch, contextlib.suppress(EnoughError):
             patch.setattr(c, "timed", noted)
-            c.train(config, self.task, self.fleet, folder, self.model, 1)
+            c.training_loop(config, self.task, self.fleet, folder, self.model, 1)
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return rows, [after - before for before, after in itertools.pairwise(starts)]
 
@@ -4170,7 +4170,7 @@ def colocated(request, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(c, "engine_args", with_loaders)
-        c.start(config, fleet, plan, folder, case.model, 0)
+        c.start_actors(config, fleet, plan, folder, case.model, 0)
     yield case
     ray.shutdown()
     shutil.rmtree(folder)
