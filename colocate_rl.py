@@ -133,73 +133,6 @@ class Config:
             model.model = str(Path(model.model).resolve())
 
 
-def check_numbers(config: Config) -> list[str]:
-    """Every number out of range, and SGLang's version: the name, its value, what was expected."""
-    limits = {
-        "steps": (1, 999_999),
-        "seed": (0, 2**32 - 1),
-        "group_size": (2, 1e9),
-        "mem_fraction": (0.01, 0.99),
-    }
-    problems = []
-    for settings in asdict(config).values():
-        for name, value in settings.items():
-            low, high = limits.get(name, (1e-12, 1e12))
-            if type(value) in (int, float) and not low <= value <= high:
-                option = name.replace("_", "-")
-                problems.append(f"--{option} is {value}; expected {low:g} to {high:g}")
-    if SGLANG < OLDEST:
-        problems.append(f"sglang is {SGLANG}; expected {OLDEST} or later, with all-reduce v2 on")
-    return problems
-
-
-def check_machine(config: Config) -> list[str]:
-    """Every setting that does not fit this machine."""
-    gpus, tp, tmp = config.placement.gpus, config.placement.gpus_per_engine, gettempdir()
-    listed = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), 2**16)
-    visible = torch.cuda.device_count() or len(listed)
-    problems = []
-    if gpus % tp:
-        problems.append(f"--gpus is {gpus}; expected a multiple of --gpus-per-engine, {tp}")
-    if gpus > visible and starts_ray():
-        problems.append(f"--gpus is {gpus}; expected at most CUDA_VISIBLE_DEVICES' {visible}")
-    if tp > 1 and starts_ray() and not (torch.cuda.is_available() or config.run.dry_run):
-        problems.append(f"--gpus-per-engine is {tp}; expected 1 on a machine without GPUs")
-    if len(tmp) > 38:  # Ray adds some 70 characters, and a socket's path has at most 107
-        problems.append(f"TMPDIR is {tmp!r}; expected at most 38 characters")
-    return problems
-
-
-def starts_ray() -> bool:
-    """Whether the run starts Ray on this machine, or else joins the cluster of RAY_ADDRESS."""
-    return os.environ.get("RAY_ADDRESS", "") in ("", "local")
-
-
-def check_task(config: Config, task: "Task") -> list[str]:
-    """Every setting that does not fit the task."""
-    rollout, prompts = config.rollout, [prompt for prompt, _ in task.problems]
-    count, length = rollout.prompts_per_step, rollout.context_length
-    samples = count * rollout.group_size
-    divisor = config.placement.gpus * config.training.updates_per_step
-    trained = len(prompts) - HELD_OUT
-    needed = max(map(len, prompts)) + max(rollout.max_new_tokens + 2, 7)  # SGLang's reserve
-    largest = max(map(max, prompts))
-    problems = []
-    if samples % divisor or count > trained:
-        problems.append(
-            f"--prompts-per-step is {count}; expected at most {trained}, and {samples} samples to "
-            f"be divisible by GPUs x updates, {divisor}"
-        )
-    if not needed <= length <= task.max_length:
-        problems.append(
-            f"--context-length is {length}; expected at least {needed}, for prompt, answer and "
-            f"engine, and at most the model's {task.max_length}"
-        )
-    if largest >= task.vocab_size:
-        problems.append(f"--model has {task.vocab_size} tokens; prompts use token {largest}")
-    return problems
-
-
 # ---- 2. Devices: visible list -> local index -> engine plan (pure) ------------------------------
 
 
@@ -216,7 +149,8 @@ def visible_devices(value: str | None, device_count: int) -> list[str]:
     if value is None:
         return [str(index) for index in range(device_count)]
     entries = [entry.strip() for entry in value.split(",")]
-    # A count above the list's length is the machine's: then an id beyond it is invalid.
+    # torch counts the devices of the list, NVML those of the machine. Only a count of the machine,
+    # which is above the list's length, tells whether an id is beyond the last device.
     of_machine = device_count > len(entries)
     visible = []
     for entry in entries:
@@ -339,7 +273,7 @@ ENGINE_SHARE, TRAINER_SHARE, PROBE_SHARE = 0.3, 0.6, 0.1
 
 
 class EngineError(RuntimeError):
-    """An engine or trainer failed, or an engine refused what would have killed its scheduler."""
+    """An engine or trainer failed, or refused, as an engine refuses to generate while it sleeps."""
 
 
 def create_placement_group(num_gpus: int, timeout_s: float) -> PlacementGroup:
@@ -422,7 +356,7 @@ def wait_for(refs: list, timeout_s: float, what: str, watch: Sequence[Any] = ())
             if time.monotonic() >= deadline:
                 limit = f"{what}: not done within {timeout_s:g} s; raise --timeout if slow"
                 raise TimeoutError(limit + failed_workers()) from error
-            # A ping of a dead actor raises RayActorError.
+            # A ping waits for its actor's call, or raises RayActorError if the actor is dead.
             pings = [actor.__ray_ready__.remote() for actor in watch]
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, (PlacementError, EngineError)):
@@ -576,7 +510,7 @@ class Engine:
             # A scheduler reports its death by SIGQUIT. SGLang's handler would end this actor
             # before it can tell the reason.
             self.engine = SGLangEngine(**args, custom_sigquit_handler=signal.SIG_IGN)
-            self.engine.freeze_gc()
+            self.engine.freeze_gc()  # else every sleep walks through all that was imported
         except Exception as error:
             fault = self.read_log().fault or error
             raise EngineError(f"{self.name} did not start: {fault}\n{self.log}") from error
@@ -584,7 +518,7 @@ class Engine:
         # default comes back: the death of any of its processes ends this actor, at once.
         self.engine.flush_cache()
         signal.signal(signal.SIGQUIT, signal.SIG_DFL)
-        if hasattr(self.engine, "begin_weight_update"):  # from 0.5.21 on, for the whole run
+        if hasattr(self.engine, "begin_weight_update"):  # from 0.5.21 on asked for; never ended
             self.engine.begin_weight_update()
 
     def read_log(self) -> EngineLog:
@@ -687,7 +621,8 @@ CPU_STUB = """
 import sys, torch
 sys.modules["sgl_kernel.kvcacheio"] = sys.modules["sgl_kernel"]
 torch.cuda.synchronize = lambda *_: None
-__getattr__ = {}.get
+def __getattr__(name):
+    return None
 """
 
 
@@ -737,13 +672,13 @@ def map_in_scheduler(model, named_tensors):
     """
     from_files = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
     model.mapped = named_tensors  # a CUDA graph holds addresses, and keeps nothing alive
-    model.load_mapped = partial(load_mapped, model)
+    model.replay_load = partial(load_mapped, model)
     if named_tensors[0][1].is_cuda:
-        model.load_mapped = as_cuda_graph(model.load_mapped)
+        model.replay_load = as_cuda_graph(model.replay_load)
         pause_when_idle()
     for parameter in model.parameters():
         parameter.data.fill_(math.nan)
-    model.load_mapped()
+    model.replay_load()
     for name, parameter in model.named_parameters():
         if not torch.equal(parameter.cpu(), from_files[name]):
             raise ValueError(
@@ -754,7 +689,7 @@ def map_in_scheduler(model, named_tensors):
 
 
 def load_mapped(model):
-    """SGLang's loader over the mapped weights. Gemma's writes into vectors, so these are copied."""
+    """SGLang's loader over the mapped weights. Gemma's changes vectors in place: it gets copies."""
     model.load_weights((name, t.clone() if t.ndim == 1 else t) for name, t in model.mapped)
 
 
@@ -805,7 +740,7 @@ def as_cuda_graph(load):
 def update_in_scheduler(model, named_tensors):
     """Runs in every scheduler process: SGLang's own loader over the mapped weights."""
     ((_, seed),) = named_tensors  # on the model's device, to which SGLang has moved it
-    model.load_mapped()
+    model.replay_load()
     torch.manual_seed(seed.item())
     torch.get_device_module(seed.device).synchronize()  # the trainer may write there again
 
@@ -858,7 +793,7 @@ class Trainer:
         self._make_optimizer()
         if resume:
             saved = load_file(f"{model_path}/optimizer.safetensors")
-            self.updates.copy_(saved["step"])
+            self.adam_step.copy_(saved["step"])
             self.host[1:] = self._own(self._padded(saved["moments"]))
         self.copy_stream = self.backend.Stream()
         self.offload()
@@ -895,9 +830,9 @@ class Trainer:
         master.grad = gradient
         rate = self.config.training.learning_rate
         self.optimizer = torch.optim.AdamW([master], lr=rate, weight_decay=0.0, fused=True)
-        self.updates = torch.zeros((), device=self.device)
+        self.adam_step = torch.zeros((), device=self.device)
         moments = {"exp_avg": self.state[1], "exp_avg_sq": self.state[2]}
-        self.optimizer.state[master] = {"step": self.updates} | moments
+        self.optimizer.state[master] = {"step": self.adam_step} | moments
 
     def _padded(self, flat):
         """To a multiple of the ranks, [..., P] -> [..., P]."""
@@ -927,7 +862,8 @@ class Trainer:
         config, losses, differences = self.config.training, [], []
         bad = next((name for name, rows in batch.items() if not rows.isfinite().all()), None)
         shares = self._shares(batch)
-        self._onload()  # now, for behind the state's copy the batch's would wait
+        self._onload()  # not before, for behind the state's copy the batch's would wait
+        self._add_old_logprobs(shares)
         for update, share in enumerate(shares):
             num_tokens = share["mask"].sum()
             dist.all_reduce(num_tokens)
@@ -955,22 +891,21 @@ class Trainer:
         torch.cuda.empty_cache()  # the engine's weights wake next, and need room
         return metrics
 
-    @torch.no_grad()
     def _shares(self, batch):
-        """This rank's rows for each update, with old log-probabilities for all but the first.
-
-        Before the first update, old and current log-probabilities are the same.
-        """
-        config, rows = self.config.training, torch.arange(len(batch["tokens"]))
-        rows = rows.view(config.updates_per_step, dist.get_world_size(), -1)[:, self.rank]
-        shares = [
+        """This rank's rows for each update."""
+        rows = torch.arange(len(batch["tokens"]))
+        rows = rows.view(self.config.training.updates_per_step, dist.get_world_size(), -1)
+        return [
             {name: column[index].to(self.device) for name, column in batch.items()}
-            for index in rows  # [B] -> [U, b]
+            for index in rows[:, self.rank]  # [U, N, b] -> [U, b]
         ]
+
+    @torch.no_grad()
+    def _add_old_logprobs(self, shares):
+        """For all updates but the first, before which old and current ones are the same."""
         for share in shares[1:]:
-            parts = share["tokens"].split(config.micro_batch)
+            parts = share["tokens"].split(self.config.training.micro_batch)
             share["old_logprobs"] = torch.cat([self._logprobs(part) for part in parts])
-        return shares
 
     def _backward(self, micro, num_tokens, on_policy):
         """Returns the loss, and how far old log-probabilities are from the engine's, [tokens]."""
@@ -997,7 +932,7 @@ class Trainer:
     def _reduce_gradients(self):
         """Sum this rank's slice over all ranks, and clip it; returns the norm before that."""
         own = self._own(self.grads)
-        if dist.get_world_size() > 1:  # gloo's makes all else on a CPU slower
+        if dist.get_world_size() > 1:  # even of one rank, gloo's reduce-scatter takes time
             dist.reduce_scatter_tensor(own, self.grads)
         square = get_total_norm(self.own_grads).square()
         dist.all_reduce(square)
@@ -1055,7 +990,8 @@ class Trainer:
     def _as_in_files(self, flat):
         """A flat buffer, [P], and the model's persistent buffers, by their names in its files.
 
-        All are views: of a mixture, transformers fuses the experts, and slices them here again.
+        All are views: of a mixture, transformers fuses the experts, and slices them here again:
+        from experts.gate_up_proj come experts.0.gate_proj.weight, experts.0.up_proj.weight, ...
         """
         from transformers.core_model_loading import revert_weight_conversion
 
@@ -1076,7 +1012,7 @@ class Trainer:
     def save(self, folder: str):
         """All ranks at once, after `train`: rank 0 writes whole tensors, for any number of them."""
         self.backend.current_stream().wait_stream(self.copy_stream)
-        whole = torch.empty(3, len(self.weights))
+        whole = torch.empty(3, len(self.weights))  # untouched on other ranks, it takes no memory
         for row, own in zip(whole, self.state, strict=True):
             self._gather(self.grads, own)  # gradients serve as scratch
             if self.rank == 0:
@@ -1087,7 +1023,7 @@ class Trainer:
             weights = {name: tensor.contiguous() for name, tensor in weights.items()}
             save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
             moments = whole[1:, : sum(self.sizes)].contiguous()  # without the padding
-            adam = {"step": self.updates, "moments": moments}
+            adam = {"step": self.adam_step, "moments": moments}
             save_file(adam, f"{folder}/optimizer.safetensors")
 
 
@@ -1234,19 +1170,18 @@ def write_random_model(config, task, folder):
     task.tokenizer.save_pretrained(folder)
 
 
-def sums_task(config):
+def sums_task(model_path):
     """Sums of two-digit numbers for a pretrained model, in its own chat template."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    name = config.model.model
     # Unset, trust_remote_code would ask the terminal.
-    whole_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    refuse_untrainable(whole_config, name)
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    whole_config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+    refuse_untrainable(whole_config, model_path)
+    tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
     model_config = whole_config.get_text_config()
     named = [tokenizer.eos_token_id, model_config.eos_token_id]
     with contextlib.suppress(OSError):  # a folder without that file
-        named.append(GenerationConfig.from_pretrained(name).eos_token_id)
+        named.append(GenerationConfig.from_pretrained(model_path).eos_token_id)
     ends = set().union(*(end if isinstance(end, list) else [end] for end in named)) - {None}
 
     numbers = [(a, b) for a in range(10, 100) for b in range(10, 100)]
@@ -1317,7 +1252,7 @@ def training_loop(config, task, fleet, folder, model_path, done):
     rows = first_rows(files, metrics, done)
     bar = tqdm(range(done, steps), initial=done, total=steps, unit="step", disable=None)
     for step in bar:
-        row = {"step": step}
+        row = {"step": step}  # also the version of the weights, after so many steps
         phase = partial(timed, row, fleet)
         if step == 0:
             row["heldout_reward_before"] = score_heldout(task, fleet, sampling, version=0)
@@ -1397,11 +1332,18 @@ def generate_samples(fleet, problems, sampling, version):
     return samples
 
 
+class VerifierError(BaseException):
+    """The task's verifier raised, returned no finite number, or did not end.
+
+    Not an Exception, which a verifier that hangs might catch itself.
+    """
+
+
 def score(task, samples, problems, timeout_s):
     """Rewards, [B]. VerifierError where there is none, or not within `timeout_s` seconds."""
 
     def on_alarm(*_):
-        raise TimeoutError(f"not done within {timeout_s:g} s")
+        raise VerifierError(f"not done within {timeout_s:g} s")
 
     signal.signal(signal.SIGALRM, on_alarm)
     rewards = []
@@ -1411,16 +1353,12 @@ def score(task, samples, problems, timeout_s):
         try:
             rewards.append(float(task.verify(text, answer)))
             if not abs(rewards[-1]) < 1e30:
-                raise ValueError(f"{rewards[-1]} is not finite")
+                raise ValueError(f"{rewards[-1]} is no finite number below 1e30")
         except BaseException as error:  # sys.exit or a panic in Rust, too
             raise VerifierError(f"verify({text!r}, {answer!r}): {error!r}") from error
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
     return torch.tensor(rewards)
-
-
-class VerifierError(RuntimeError):
-    """The task's verifier raised, returned no finite number, or did not end."""
 
 
 def score_heldout(task, fleet, sampling, version):
@@ -1504,7 +1442,7 @@ def step_line(row, steps):
 
 def checkpoints(folder):
     """The run's own, oldest first. Whatever else is in the folder is the user's."""
-    return sorted(p for p in folder.iterdir() if re.fullmatch(r"checkpoint-\d{6}", p.name))
+    return sorted(folder.glob("checkpoint-" + 6 * "[0-9]"))
 
 
 def model_files(model_path):
@@ -1598,7 +1536,11 @@ def checklist(logs, schedulers, rows):
     before, after = rows[0].get("heldout_reward_before", 0.0), last["heldout_reward"]
     lines = [
         ("weights equal to the bit", True, "in every rank, after a sync onto NaN"),
-        ("rollout and trainer agree", True, f"to {max(differences, default=0):.2g} nats"),
+        (
+            "rollout and trainer agree",
+            bool(differences) or None,
+            f"to {max(differences, default=0):.2g} nats",
+        ),
         ("held-out reward", after > before or after == 1, f"{before:.3f} -> {after:.3f}"),
     ]
     if schedulers[0]["uuid"] is None:
@@ -1705,6 +1647,74 @@ def ray_session(gpus, stopped_by):
         psutil.wait_procs(children, timeout=10)
 
 
+def check_numbers(config: Config) -> list[str]:
+    """Every number out of range, and SGLang's version: the name, its value, what was expected."""
+    ranges = {
+        "steps": (1, 999_999),
+        "seed": (0, 2**32 - 1),
+        "group_size": (2, 1e9),
+        "mem_fraction": (0.01, 0.99),
+    }
+    of_type = {int: (1, 1e9), float: (1e-9, 1e9)}
+    problems = []
+    for settings in asdict(config).values():
+        for name, value in settings.items():
+            low, high = ranges.get(name) or of_type.get(type(value), (value, value))
+            if not low <= value <= high:
+                option = name.replace("_", "-")
+                problems.append(f"--{option} is {value}; expected {low:g} to {high:g}")
+    if SGLANG < OLDEST:
+        problems.append(f"sglang is {SGLANG}; expected {OLDEST} or later")
+    return problems
+
+
+def check_machine(config: Config) -> list[str]:
+    """Every setting that does not fit this machine."""
+    gpus, tp, tmp = config.placement.gpus, config.placement.gpus_per_engine, gettempdir()
+    listed = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), 2**16)
+    visible = torch.cuda.device_count() or len(listed)
+    problems = []
+    if gpus % tp:
+        problems.append(f"--gpus is {gpus}; expected a multiple of --gpus-per-engine, {tp}")
+    if gpus > visible and starts_ray():
+        problems.append(f"--gpus is {gpus}; expected at most CUDA_VISIBLE_DEVICES' {visible}")
+    if tp > 1 and starts_ray() and not (torch.cuda.is_available() or config.run.dry_run):
+        problems.append(f"--gpus-per-engine is {tp}; expected 1 on a machine without GPUs")
+    if len(tmp) > 38:  # Ray adds some 70 characters, and a socket's path has at most 107
+        problems.append(f"TMPDIR is {tmp!r}; expected at most 38 characters")
+    return problems
+
+
+def starts_ray() -> bool:
+    """Whether the run starts Ray on this machine, or else joins the cluster of RAY_ADDRESS."""
+    return os.environ.get("RAY_ADDRESS", "") in ("", "local")
+
+
+def check_task(config: Config, task: Task) -> list[str]:
+    """Every setting that does not fit the task."""
+    rollout, prompts = config.rollout, [prompt for prompt, _ in task.problems]
+    count, length = rollout.prompts_per_step, rollout.context_length
+    samples = count * rollout.group_size
+    divisor = config.placement.gpus * config.training.updates_per_step
+    trained = len(prompts) - HELD_OUT
+    needed = max(map(len, prompts)) + max(rollout.max_new_tokens + 2, 7)  # SGLang's reserve
+    largest = max(map(max, prompts))
+    problems = []
+    if samples % divisor or count > trained:
+        problems.append(
+            f"--prompts-per-step is {count}; expected at most {trained}, and {samples} samples to "
+            f"be divisible by GPUs x updates, {divisor}"
+        )
+    if not needed <= length <= task.max_length:
+        problems.append(
+            f"--context-length is {length}; expected at least {needed}, for prompt, answer and "
+            f"engine, and at most the model's {task.max_length}"
+        )
+    if largest >= task.vocab_size:
+        problems.append(f"--model has {task.vocab_size} tokens; prompts use token {largest}")
+    return problems
+
+
 def read_config(argv):
     """The settings, and the run's folder; to resume, those of the run where none are given."""
     read = partial(tyro.cli, Config, args=argv, config=[tyro.conf.OmitArgPrefixes])
@@ -1714,7 +1724,10 @@ def read_config(argv):
     folder = Path(config.run.resume).resolve()
     saved = json.loads((folder / "config.json").read_text())
     groups = {group.name: group.default_factory(**saved[group.name]) for group in fields(Config)}
-    return read(default=Config(**groups)), folder
+    config = read(default=Config(**groups))
+    if config.model != groups["model"]:
+        raise ValueError(f"--model and --shape cannot change; the run has {groups['model']}")
+    return config, folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1727,7 +1740,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, folder = read_config(argv)
         problems = check_numbers(config)
         if not problems:
-            task = sums_task(config) if config.model.model else echo_task(config)
+            # A checkpoint has the tokenizer, too; the model's own folder may be gone by now.
+            model_path = str([config.model.model, *checkpoints(folder)][-1])
+            task = sums_task(model_path) if config.model.model else echo_task(config)
             problems = check_machine(config) + check_task(config, task)
     except PlacementError as error:
         problems = [str(error)]
