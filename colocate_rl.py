@@ -758,7 +758,9 @@ class Trainer:
         state    [3, P/N]  fp32 master weights and AdamW's two moments; on the GPU while training,
                            otherwise in `host`, which is pinned
 
-    where P is the number of parameters, padded to a multiple of N.
+    where P is the number of parameters, padded to a multiple of N. The state is copied on a stream
+    of its own: from `host` beside the first gradients, for which `_update` waits; back to `host`
+    after the last update, for which `offload` and `save` wait.
     """
 
     def __init__(self, log: str, rank: int, bundle: Bundle, config: Config):
@@ -1543,7 +1545,7 @@ def checklist(logs, schedulers, rows):
         ),
         ("held-out reward", after > before or after == 1, f"{before:.3f} -> {after:.3f}"),
     ]
-    if schedulers[0]["uuid"] is None:
+    if "gib_sleep" not in last:
         return [*lines, ("same GPU, all-reduce v2, CUDA graphs, memory", None, "needs a GPU")]
     in_use = {scheduler["all_reduce"] for scheduler in schedulers}
     v2 = in_use == {"CustomAllReduceV2"} if ranks > len(logs) else None
