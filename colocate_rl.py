@@ -441,6 +441,10 @@ def capture_guard(environment: dict[str, str]) -> dict[str, str]:
     return changes
 
 
+# How weights come to a scheduler: the trainer pickles views of its flat buffer as a handle
+# (`share_weights`); SGLang opens the handle, and calls `map_in_scheduler` with its model and the
+# views; from then on `update_in_scheduler` repeats SGLang's loader over them, on a GPU as one CUDA
+# graph. SGLang finds both functions by their names.
 def engine_args(
     placement: EnginePlacement,
     model_path: str,
@@ -558,11 +562,6 @@ class Engine:
         self._expect("wake", asleep=tags)
         self.engine.resume_memory_occupation(list(tags))
         self.asleep -= set(tags)
-
-    # Weights come to a scheduler so: the trainer pickles views of its flat buffer as a handle
-    # (`share_weights`); SGLang opens the handle, and calls `map_in_scheduler` with its model and
-    # the views; from then on `update_in_scheduler` repeats SGLang's loader over them, on a GPU as
-    # one CUDA graph.
 
     def map_weights(self, handles: list[bytes]) -> list[dict[str, Any]]:
         """Map the trainers' weights, by tp_rank, for the rest of the run.
