@@ -693,7 +693,10 @@ def load_mapped(model):
 
 
 def pause_when_idle():
-    """SGLang, to sleep, copies the model's buffers, and unmaps them before the GPU has done so."""
+    """SGLang, to sleep, copies the model's buffers, and unmaps them before the GPU has done so.
+
+    Its pull request 37932 proposes the same wait.
+    """
     from torch_memory_saver import torch_memory_saver
 
     pause = torch_memory_saver.pause
