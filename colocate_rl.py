@@ -883,7 +883,7 @@ class Trainer:
                 self._update()
             self.grads.zero_()
         # `.item()` waits for the all-gather, before the engines copy the weights.
-        difference = torch.cat(differences)  # [tokens of this rank]
+        difference = torch.cat(differences)
         metrics = {
             "bad": bad,
             "grad_norm": grad_norm,
@@ -912,7 +912,7 @@ class Trainer:
             share["old_logprobs"] = torch.cat([self._logprobs(part) for part in parts])
 
     def _backward(self, micro, num_tokens, on_policy):
-        """Returns the loss, and how far old log-probabilities are from the engine's, [tokens]."""
+        """Returns the loss, and how far old log-probabilities are from the engine's, [b, T-1]."""
         logprobs = self._logprobs(micro["tokens"])  # [b, T-1]
         old_logprobs = logprobs.detach() if on_policy else micro["old_logprobs"]
         loss = grpo_loss(
@@ -926,7 +926,8 @@ class Trainer:
         )
         loss.backward()
         difference = (old_logprobs - micro["rollout_logprobs"]).abs()
-        return loss.detach(), difference[micro["mask"] > 0]
+        # To select by the mask would wait for the GPU.
+        return loss.detach(), difference.masked_fill(micro["mask"] == 0, 0.0)
 
     def _logprobs(self, tokens):
         """Log-probability of each next token, [b, T] -> [b, T-1]; causality masks the padding."""
