@@ -658,38 +658,10 @@ def run_scheduler(*args):
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+    pause_when_idle()
     from sglang.srt.managers.scheduler import run_scheduler_process
 
     run_scheduler_process(*args)
-
-
-def map_in_scheduler(model, named_tensors):
-    """Runs in every scheduler process, once: keep a trainer's weights mapped, and try them.
-
-    The model is overwritten with NaN and loaded from the mapped weights. It must then equal to the
-    bit what SGLang had loaded from the files, which proves names and tensor parallelism right.
-    """
-    from_files = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
-    model.mapped = named_tensors  # a CUDA graph holds addresses, and keeps nothing alive
-    model.replay_load = partial(load_mapped, model)
-    if named_tensors[0][1].is_cuda:
-        model.replay_load = as_cuda_graph(model.replay_load)
-        pause_when_idle()
-    for parameter in model.parameters():
-        parameter.data.fill_(math.nan)
-    model.replay_load()
-    for name, parameter in model.named_parameters():
-        if not torch.equal(parameter.cpu(), from_files[name]):
-            raise ValueError(
-                f"{type(model).__name__}: {name} as it was sent is not that of the model's files; "
-                "SGLang's loader does not know the names that transformers gives"
-            )
-    print_reading()
-
-
-def load_mapped(model):
-    """SGLang's loader over the mapped weights. Gemma's changes vectors in place: it gets copies."""
-    model.load_weights((name, t.clone() if t.ndim == 1 else t) for name, t in model.mapped)
 
 
 def pause_when_idle():
@@ -706,6 +678,34 @@ def pause_when_idle():
         pause(tag)
 
     torch_memory_saver.pause = wait_and_pause
+
+
+def map_in_scheduler(model, named_tensors):
+    """Runs in every scheduler process, once: keep a trainer's weights mapped, and try them.
+
+    The model is overwritten with NaN and loaded from the mapped weights. It must then equal to the
+    bit what SGLang had loaded from the files, which proves names and tensor parallelism right.
+    """
+    from_files = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+    model.mapped = named_tensors  # a CUDA graph holds addresses, and keeps nothing alive
+    model.replay_load = partial(load_mapped, model)
+    if named_tensors[0][1].is_cuda:
+        model.replay_load = as_cuda_graph(model.replay_load)
+    for parameter in model.parameters():
+        parameter.data.fill_(math.nan)
+    model.replay_load()
+    for name, parameter in model.named_parameters():
+        if not torch.equal(parameter.cpu(), from_files[name]):
+            raise ValueError(
+                f"{type(model).__name__}: {name} as it was sent is not that of the model's files; "
+                "SGLang's loader does not know the names that transformers gives"
+            )
+    print_reading()
+
+
+def load_mapped(model):
+    """SGLang's loader over the mapped weights. Gemma's changes vectors in place: it gets copies."""
+    model.load_weights((name, t.clone() if t.ndim == 1 else t) for name, t in model.mapped)
 
 
 def print_reading():
@@ -883,7 +883,7 @@ class Trainer:
                 self._update()
             self.grads.zero_()
         # `.item()` waits for the all-gather, before the engines copy the weights.
-        difference = torch.cat(differences)
+        difference = torch.cat(differences)  # [rows of this rank, T-1]
         metrics = {
             "bad": bad,
             "grad_norm": grad_norm,
@@ -1377,8 +1377,7 @@ def make_batch(samples, advantages):
 
     In the last two, what belongs to token t + 1 stands at t.
     """
-    prompts = [[0.0] * (len(sample.prompt_ids) - 1) for sample in samples]
-    pairs = list(zip(prompts, samples, strict=True))
+    pairs = [([0.0] * (len(sample.prompt_ids) - 1), sample) for sample in samples]
     return {
         "tokens": padded([s.prompt_ids + s.response_ids for s in samples], "int64"),
         "mask": padded([zeros + [1.0] * len(s.logprobs) for zeros, s in pairs], "float32"),
@@ -1448,6 +1447,14 @@ def step_line(row, steps):
 def checkpoints(folder):
     """The run's own, oldest first. Whatever else is in the folder is the user's."""
     return sorted(folder.glob("checkpoint-" + 6 * "[0-9]"))
+
+
+def starting_point(config, folder):
+    """The model to go on from, the last checkpoint or else --model's, and the steps done."""
+    saved = checkpoints(folder)
+    if saved:
+        return str(saved[-1]), int(saved[-1].name[-6:])
+    return config.model.model, 0
 
 
 def model_files(model_path):
@@ -1593,10 +1600,7 @@ def run(config, task, folder):
     if not config.model.model and not checkpoints(folder):
         write_random_model(config, task, folder / "unfinished")
         finish_checkpoint(folder, {}, 0)
-    saved = checkpoints(folder)
-    model_path, done = config.model.model, 0
-    if saved:
-        model_path, done = str(saved[-1]), int(saved[-1].name[-6:])
+    model_path, done = starting_point(config, folder)
     print(f"from {model_path}, {done} of {config.run.steps} steps done", flush=True)
 
     fleet = make_actors(config, group, plan, logs)
@@ -1660,7 +1664,7 @@ def check_numbers(config: Config) -> list[str]:
         "group_size": (2, 1e9),
         "mem_fraction": (0.01, 0.99),
     }
-    of_type = {int: (1, 1e9), float: (1e-9, 1e9)}
+    of_type = {int: (1, 1e12), float: (1e-12, 1e12)}
     problems = []
     for settings in asdict(config).values():
         for name, value in settings.items():
@@ -1746,7 +1750,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         problems = check_numbers(config)
         if not problems:
             # A checkpoint has the tokenizer, too; the model's own folder may be gone by now.
-            model_path = str([config.model.model, *checkpoints(folder)][-1])
+            model_path, _ = starting_point(config, folder)
             task = sums_task(model_path) if config.model.model else echo_task(config)
             problems = check_machine(config) + check_task(config, task)
     except PlacementError as error:
