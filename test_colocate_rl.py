@@ -1826,7 +1826,9 @@ def noticed(*args):
     try:
         return run(*args)
     except BaseException:
-        print("noticed after", time.monotonic() - since, "s", flush=True)
+        # In one piece: a thread of Ray prints, too.
+        sys.stdout.write(f"noticed after {time.monotonic() - since} s\\n")
+        sys.stdout.flush()
         raise
 
 def with_verifier(make_task):
@@ -3694,7 +3696,8 @@ def kill():
     children = psutil.Process().children(recursive=True)
     found = [child for child in children if kind in " ".join(child.cmdline())]
     found[-1].kill()
-    print("fault at", time.time(), flush=True)
+    sys.stdout.write(f"fault at {time.time()}\\n")  # in one piece: a thread of Ray prints, too
+    sys.stdout.flush()
 
 @contextlib.contextmanager
 def with_fault(row, fleet, phase):
@@ -3707,7 +3710,8 @@ def noticed(*args):
     try:
         return run(*args)
     except BaseException:
-        print("noticed at", time.time(), flush=True)
+        sys.stdout.write(f"noticed at {time.time()}\\n")
+        sys.stdout.flush()
         raise
 
 c.timed, c.run = with_fault, noticed
