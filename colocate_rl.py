@@ -29,13 +29,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, product
 from multiprocessing import parent_process, reduction
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any, Literal, NamedTuple
 
-import huggingface_hub
 import joblib
 import numpy as np
 import psutil
@@ -44,6 +43,8 @@ import ray
 import torch
 import torch.distributed as dist
 import tyro
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils import filter_repo_objects
 from packaging.version import Version
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -168,8 +169,8 @@ def visible_devices(value: str | None, device_count: int) -> list[str]:
 
 def same_device(one: str, other: str) -> bool:
     """Whether two entries name one device. CUDA takes a UUID cut short, so one may be a prefix."""
-    uuids = one.startswith("GPU-") and other.startswith("GPU-")
-    return one == other or (uuids and (one.startswith(other) or other.startswith(one)))
+    shorter, longer = sorted([one, other], key=len)
+    return one == other or (shorter.startswith("GPU-") and longer.startswith(shorter))
 
 
 def local_gpu_index(gpu_id: int | str, visible: Sequence[str]) -> int:
@@ -286,14 +287,12 @@ def create_placement_group(num_gpus: int, timeout_s: float) -> PlacementGroup:
         print(f"waiting for a placement group of {num_gpus} GPUs", flush=True)
     if not group.wait(max(0.1, timeout_s - 5.0)):
         remove_placement_group(group)
-        total = int(ray.cluster_resources().get("GPU", 0))
-        free = int(ray.available_resources().get("GPU", 0))
-        nodes = sum(node["Alive"] for node in ray.nodes())
+        total = ray.cluster_resources().get("GPU", 0)
+        free = ray.available_resources().get("GPU", 0)
         raise PlacementError(
-            f"no placement group within timeout={timeout_s:g} s: asked for {num_gpus} GPUs, "
-            f"{max(0, num_gpus - free)} are missing: the cluster has {total} on {nodes} node(s), "
-            f"of which others hold {total - free}. Ask for at most {free}, wait for the others, or "
-            "raise the limit."
+            f"no placement group within timeout={timeout_s:g} s: asked for {num_gpus} GPUs; the "
+            f"cluster has {total:g}, of which {free:g} are free. Ask for at most {free:g}, wait "
+            "for the others, or raise the limit."
         )
     return group
 
@@ -310,8 +309,11 @@ def on_bundle(group: PlacementGroup, index: int, gpu_share: float) -> dict[str, 
 
 def probe_bundles(group: PlacementGroup, timeout_s: float) -> list[Bundle]:
     """Read every bundle of a placement group, all at once; in the order of the bundles' indices."""
-    options = [on_bundle(group, index, PROBE_SHARE) for index in range(group.bundle_count)]
-    probes = [ray.remote(**on)(probe_bundle).remote(i) for i, on in enumerate(options)]
+    probe = ray.remote(probe_bundle)
+    probes = [
+        probe.options(**on_bundle(group, index, PROBE_SHARE)).remote(index)
+        for index in range(group.bundle_count)
+    ]
     return wait_for(probes, timeout_s, "the bundles' probes")
 
 
@@ -319,12 +321,11 @@ def probe_bundle(index: int) -> Bundle:
     """Runs in a bundle, and reads which GPU Ray gave it."""
     (gpu_id,) = ray.get_gpu_ids()
     node_id = ray.get_runtime_context().get_node_id()
-    (node,) = (node for node in ray.nodes() if node["NodeID"] == node_id)
-    device_count = torch.cuda.device_count() or int(node["Resources"]["GPU"])  # logical GPUs
+    node_ip = ray.util.get_node_ip_address()
+    device_count = torch.cuda.device_count() or 2**16  # of logical GPUs there is any number
     visible = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), device_count)
     local_index = local_gpu_index(gpu_id, visible)
-    uuid = device_uuid(local_index)
-    return Bundle(index, node_id, node["NodeManagerAddress"], gpu_id, local_index, uuid)
+    return Bundle(index, node_id, node_ip, gpu_id, local_index, device_uuid(local_index))
 
 
 def device_uuid(local_index: int | None = None) -> str | None:
@@ -1121,16 +1122,26 @@ class Task(NamedTuple):
     verify: Callable[[str, str], float]
 
 
-SHAPE_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "initializer_range",
-)
-SHAPES = {"tiny": (64, 128, 2, 4, 2, 16, 0.06), "0.6B": (1024, 3072, 28, 16, 8, 128, 0.02)}
+SHAPES = {  # of a Qwen3
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "initializer_range": 0.06,
+    },
+    "0.6B": {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "initializer_range": 0.02,
+    },
+}
 
 
 def echo_task(config):
@@ -1164,7 +1175,7 @@ def write_random_model(config, task, folder):
     disable_progress_bar()
     torch.manual_seed(config.run.seed)
     model_config = Qwen3Config(
-        **dict(zip(SHAPE_FIELDS, SHAPES[config.model.shape], strict=True)),
+        **SHAPES[config.model.shape],
         vocab_size=task.vocab_size,
         max_position_embeddings=task.max_length,
         eos_token_id=1,
@@ -1189,22 +1200,20 @@ def sums_task(model_path):
         named.append(GenerationConfig.from_pretrained(model_path).eos_token_id)
     ends = set().union(*(end if isinstance(end, list) else [end] for end in named)) - {None}
 
-    numbers = [(a, b) for a in range(10, 100) for b in range(10, 100)]
-    pairs = random.Random(0).sample(numbers, 2000)
-    question = "What is {} + {}? Answer with the number only."
-    chats = [[{"role": "user", "content": question.format(a, b)}] for a, b in pairs]
+    pairs = random.Random(0).sample(list(product(range(10, 100), repeat=2)), 2000)
+    questions = [f"What is {a} + {b}? Answer with the number only." for a, b in pairs]
+    chats = [[{"role": "user", "content": question}] for question in questions]
     apply = partial(tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=False)
     try:
         prompts = apply(chats, enable_thinking=False)
     except (TypeError, ValueError):  # Mistral's own tokenizers take no other arguments
         prompts = apply(chats)
-    answers = [str(a + b) for a, b in pairs]
+    problems = [(ids, str(a + b)) for ids, (a, b) in zip(prompts, pairs, strict=True)]
 
     def verify(text, answer):
         return float(re.findall(r"\d+", text)[-1:] == [answer])  # the last number counts
 
     longest = getattr(model_config, "max_position_embeddings", None) or 2**31
-    problems = list(zip(prompts, answers, strict=True))
     return Task(tokenizer, model_config.vocab_size, longest, sorted(ends), problems, verify)
 
 
@@ -1462,9 +1471,9 @@ def model_files(model_path):
     weights = ["*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5"]
     weights += ["*.msgpack", "*.onnx", "*.ot"]
     if not Path(model_path).is_dir():
-        model_path = huggingface_hub.snapshot_download(model_path, ignore_patterns=weights)
-    files = [path for path in Path(model_path).iterdir() if path.is_file()]
-    return {p.name: p.read_bytes() for p in files if not any(map(p.match, weights))}
+        model_path = snapshot_download(model_path, ignore_patterns=weights)
+    files = filter_repo_objects(Path(model_path).iterdir(), ignore_patterns=weights)
+    return {path.name: path.read_bytes() for path in files if path.is_file()}
 
 
 def finish_checkpoint(folder, files, step):
@@ -1492,17 +1501,19 @@ def make_actors(config, group, plan, folder):
     """An engine's actor on its first bundle, and a trainer's on every bundle."""
     logs = {}
 
-    def actor(kind, number, bundle, share, *args):
-        log = folder / f"{kind.__name__.lower()}{number}.log"
+    def actor(name, kind, bundle, share, *args):
+        log = folder / f"{name}.log"
         log.touch()
-        options = on_bundle(group, bundle.index, share)
-        handle = ray.remote(**options)(kind).remote(str(log), *args)
+        handle = ray.remote(**on_bundle(group, bundle.index, share))(kind).remote(str(log), *args)
         logs[handle._actor_id.hex()] = log
         return handle
 
-    engines = [actor(Engine, p.engine, p.bundles[0], ENGINE_SHARE, p) for p in plan]
+    engines = [actor(f"engine{p.engine}", Engine, p.bundles[0], ENGINE_SHARE, p) for p in plan]
     bundles = [bundle for place in plan for bundle in place.bundles]
-    trainers = [actor(Trainer, i, b, TRAINER_SHARE, i, b, config) for i, b in enumerate(bundles)]
+    trainers = [
+        actor(f"trainer{rank}", Trainer, bundle, TRAINER_SHARE, rank, bundle, config)
+        for rank, bundle in enumerate(bundles)
+    ]
     return Fleet(engines, trainers, logs, config.run.timeout)
 
 
@@ -1539,41 +1550,35 @@ def check_same_device(trainers, schedulers):
 
 
 def checklist(logs, schedulers, rows):
-    """What this run has read of itself: what, whether it is right or None, the reading.
+    """Yields what this run has read of itself: what, whether it is right or None, the reading.
 
     Where True is written down, any other reading would have ended the run.
     """
     last, ranks = rows[-1], len(schedulers)
+    yield "weights equal to the bit", True, "in every rank, after a sync onto NaN"
+
     differences = [row["logprob_difference_mean"] for row in rows if "loss" in row]
+    agree = bool(differences) or None
+    yield "rollout and trainer agree", agree, f"to {max(differences, default=0):.2g} nats"
+
     before, after = rows[0].get("heldout_reward_before", 0.0), last["heldout_reward"]
-    lines = [
-        ("weights equal to the bit", True, "in every rank, after a sync onto NaN"),
-        (
-            "rollout and trainer agree",
-            bool(differences) or None,
-            f"to {max(differences, default=0):.2g} nats",
-        ),
-        ("held-out reward", after > before or after == 1, f"{before:.3f} -> {after:.3f}"),
-    ]
+    yield "held-out reward", after > before or after == 1, f"{before:.3f} -> {after:.3f}"
+
     if "gib_sleep" not in last:
-        return [*lines, ("same GPU, all-reduce v2, CUDA graphs, memory", None, "needs a GPU")]
+        yield "same GPU, all-reduce v2, CUDA graphs, memory", None, "needs a GPU"
+        return
+    yield "same GPU", True, f"trainer and scheduler read one UUID in {ranks} of {ranks} ranks"
+
     in_use = {scheduler["all_reduce"] for scheduler in schedulers}
     v2 = in_use == {"CustomAllReduceV2"} if ranks > len(logs) else None
     registered = [log.registered for log in logs]
+    yield "all-reduce v2", v2, f"schedulers use {in_use}; inputs registered: {registered}"
+
     graphs = sum(len(log.captured) for log in logs)
+    yield "CUDA graphs", graphs == ranks, f"captured in {graphs} of {ranks} ranks"
+
     asleep, awake = max(last["gib_sleep"]), min(last["gib_generate"])
-    return [
-        *lines,
-        ("same GPU", True, f"trainer and scheduler read one UUID in {ranks} of {ranks} ranks"),
-        ("all-reduce v2", v2, f"schedulers use {in_use}; inputs registered: {registered}"),
-        ("CUDA graphs", graphs == ranks, f"captured in {graphs} of {ranks} ranks"),
-        ("memory asleep", asleep < 0.5 * awake, f"{asleep:.2f} of {awake:.2f} GiB"),
-    ]
-
-
-def print_checklist(lines):
-    for what, right, reading in lines:
-        print({True: "[x]", False: "[FAILED]", None: "[ ]"}[right], f"{what}: {reading}")
+    yield "memory asleep", asleep < 0.5 * awake, f"{asleep:.2f} of {awake:.2f} GiB"
 
 
 # ---- 9. One run, and the command line -----------------------------------------------------------
@@ -1591,12 +1596,11 @@ def run(config, task, folder):
     if config.run.dry_run:
         return
 
-    attempts = (folder / f"attempt{number}" for number in range(10**6))
-    logs = next(path for path in attempts if not path.exists())
+    shutil.rmtree(folder / "unfinished", ignore_errors=True)  # a checkpoint that was cut off
+    logs = folder / time.strftime("logs-%Y%m%d-%H%M%S")
     logs.mkdir(parents=True)
     (folder / "config.new").write_text(json.dumps(asdict(config), indent=2))
     (folder / "config.new").replace(folder / "config.json")  # nothing can cut it off
-    shutil.rmtree(folder / "unfinished", ignore_errors=True)  # a checkpoint that was cut off
     if not config.model.model and not checkpoints(folder):
         write_random_model(config, task, folder / "unfinished")
         finish_checkpoint(folder, {}, 0)
@@ -1609,11 +1613,12 @@ def run(config, task, folder):
     if not rows:  # no step was left to do, and the checkpoint has no metrics
         return
 
-    lines = checklist(fleet.call(fleet.engines, "read_log"), schedulers, rows)
+    lines = list(checklist(fleet.call(fleet.engines, "read_log"), schedulers, rows))
     seconds = time.perf_counter() - start_time
     summary = {"wall_seconds": seconds, "checklist": lines, "schedulers": schedulers}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2))
-    print_checklist(lines)
+    for what, right, reading in lines:
+        print({True: "[x]", False: "[FAILED]", None: "[ ]"}[right], f"{what}: {reading}")
     print(f"{seconds:.0f} s, all of it in {folder}")
 
 
@@ -1662,6 +1667,7 @@ def check_numbers(config: Config) -> list[str]:
         "steps": (1, 999_999),
         "seed": (0, 2**32 - 1),
         "group_size": (2, 1e9),
+        "max_new_tokens": (1, 1e6),  # the toy task makes answers of that length
         "mem_fraction": (0.01, 0.99),
     }
     of_type = {int: (1, 1e12), float: (1e-12, 1e12)}
