@@ -1114,6 +1114,7 @@ HELD_OUT = 64  # problems that are never trained on
 class Task(NamedTuple):
     """What to learn. `verify` takes a response's text and the answer, and returns the reward."""
 
+    model_class: str
     tokenizer: Any
     vocab_size: int
     max_length: int  # longest context of the model, in tokens
@@ -1164,7 +1165,7 @@ def echo_task(config):
     length = config.rollout.max_new_tokens
     problems = [(tokenizer.encode(f"{number}="), number[0] * length) for number in numbers]
     random.Random(0).shuffle(problems)
-    return Task(tokenizer, 16, 4096, [1], problems, verify)
+    return Task("Qwen3ForCausalLM", tokenizer, 16, 4096, [1], problems, verify)
 
 
 def write_random_model(config, task, folder):
@@ -1192,7 +1193,7 @@ def sums_task(model_path):
 
     # Unset, trust_remote_code would ask the terminal.
     whole_config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
-    refuse_untrainable(whole_config, model_path)
+    model_class = trainable_class(whole_config, model_path)
     tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
     model_config = whole_config.get_text_config()
     named = [tokenizer.eos_token_id, model_config.eos_token_id]
@@ -1214,11 +1215,12 @@ def sums_task(model_path):
         return float(re.findall(r"\d+", text)[-1:] == [answer])  # the last number counts
 
     longest = getattr(model_config, "max_position_embeddings", None) or 2**31
-    return Task(tokenizer, model_config.vocab_size, longest, sorted(ends), problems, verify)
+    vocab_size = model_config.vocab_size
+    return Task(model_class, tokenizer, vocab_size, longest, sorted(ends), problems, verify)
 
 
-def refuse_untrainable(model_config, name):
-    """ValueError for a model that this file cannot train, from its config alone."""
+def trainable_class(model_config, name):
+    """The name of a model's class; ValueError for one that this file cannot train."""
     from transformers.models.auto import modeling_auto
 
     known = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_config.model_type, ())
@@ -1227,6 +1229,7 @@ def refuse_untrainable(model_config, name):
         raise ValueError(f"{name} is a {architecture}; expected a causal language model: {known}")
     if hasattr(model_config, "quantization_config"):
         raise ValueError(f"{name} has quantized weights; expected bf16, fp16 or fp32")
+    return architecture
 
 
 # ---- 8. Loop: the phases of a step, metrics, checkpoints ----------------------------------------
@@ -1777,7 +1780,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if stopped_by:
             return 128 + stopped_by[0]
         print(f"error: {in_short(error)}", file=sys.stderr)
-        return end_badly(error, folder) if folder.exists() else 2
+        return end_badly(error, folder, task.model_class) if folder.exists() else 2
 
 
 def in_short(error: BaseException) -> str:
@@ -1786,7 +1789,7 @@ def in_short(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def end_badly(error, folder):
+def end_badly(error, folder, model_class):
     """Leave the traceback in the run's folder, and say how to go on; returns the exit status.
 
     2, if the fault would come back: before the first step, or of numbers.
@@ -1797,7 +1800,8 @@ def end_badly(error, folder):
     steps_made = any(path.stat().st_size for path in folder.glob("metrics.jsonl"))
     comes_back = isinstance(error, FloatingPointError) or not steps_made
     if comes_back:
-        print("It would come back: first train another model, or change settings.", file=sys.stderr)
+        remedy = f"first train another model than this {model_class}, or change settings"
+        print(f"It would come back: {remedy}.", file=sys.stderr)
     command = shlex.join(["python", sys.argv[0], "--resume", str(folder)])
     print(f"The traceback is in {folder}/error.log. To go on:\n{command}", file=sys.stderr)
     return 1 + comes_back

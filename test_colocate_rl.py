@@ -1014,7 +1014,10 @@ def test_a_fault_that_would_come_back_has_status_2(
     monkeypatch.setattr(c, "ray_session", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(c, "run", fail)
     assert c.main(flags({})) == status
-    hint = "It would come back: first train another model, or change settings.\n"
+    hint = (
+        "It would come back: first train another model than this Qwen3ForCausalLM, or change "
+        "settings.\n"
+    )
     named = f"error: {type(error).__name__}: {error}\n"
     message = f"{named}{hint if status == 2 else ''}The traceback is in"
     assert message in capsys.readouterr().err
@@ -2458,7 +2461,8 @@ def test_a_family_trains_or_ends_with_its_reason(chat_model, tmp_path, verdicts,
         differences = [row["logprob_difference_mean"] for row in job.rows()]
         difference = f"{max(differences):.1e}" if differences else ""
         verdicts.append([*row, difference, message.splitlines()[0]])
-        assert status == 2 and "train another model, or change settings" in message, message
+        assert status == 2, message
+        assert f"train another model than this {row[1]}, or change settings" in message, message
         assert "OOM" not in message, message
         assert not PINNED or re.search(fault, message), output
     assert set(Path("/dev/shm").glob("torch_*")) <= shared
