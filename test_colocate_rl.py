@@ -1831,8 +1831,7 @@ def noticed(*args):
         return run(*args)
     except BaseException:
         # In one piece: a thread of Ray prints, too.
-        sys.stdout.write(f"noticed after {time.monotonic() - since} s\\n")
-        sys.stdout.flush()
+        print(f"noticed after {time.monotonic() - since} s\\n", end="", flush=True)
         raise
 
 def with_verifier(make_task):
@@ -3700,8 +3699,8 @@ def kill():
     children = psutil.Process().children(recursive=True)
     found = [child for child in children if kind in " ".join(child.cmdline())]
     found[-1].kill()
-    sys.stdout.write(f"fault at {time.time()}\\n")  # in one piece: a thread of Ray prints, too
-    sys.stdout.flush()
+    # In one piece: a thread of Ray prints, too.
+    print(f"fault at {time.time()}\\n", end="", flush=True)
 
 @contextlib.contextmanager
 def with_fault(row, fleet, phase):
@@ -3714,8 +3713,7 @@ def noticed(*args):
     try:
         return run(*args)
     except BaseException:
-        sys.stdout.write(f"noticed at {time.time()}\\n")
-        sys.stdout.flush()
+        print(f"noticed at {time.time()}\\n", end="", flush=True)
         raise
 
 c.timed, c.run = with_fault, noticed
