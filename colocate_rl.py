@@ -776,6 +776,7 @@ class Trainer:
         self.on_gpu = bundle.uuid is not None
         self.device = torch.device(f"cuda:{bundle.local_index}" if self.on_gpu else "cpu")
         self.backend = torch.get_device_module(self.device)  # torch.cuda or torch.cpu
+        self.reserved = 0  # bytes on the GPU at the end of the last step's training
 
     def start(
         self, rendezvous: str, ranks: int, model_path: str, resume: bool = False
@@ -892,8 +893,9 @@ class Trainer:
             "difference_mean": difference.sum().item() / batch["mask"].sum().item(),
             "difference_max": difference.max().item(),
         }
-        self._copy(self.host, self.state)  # `offload` waits for it
+        self.reserved = torch.cuda.memory_reserved()  # without a GPU 0
         torch.cuda.empty_cache()  # the engine's weights wake next, and need room
+        self._copy(self.host, self.state)  # not before, for empty_cache would wait for it
         return metrics
 
     def _shares(self, batch):
@@ -965,6 +967,10 @@ class Trainer:
         """Take the memory of gradients and state; the state arrives beside the first gradients."""
         resize(self.grads, self.grads.nbytes)
         resize(self.state, self.state.nbytes)
+        # What the last step needed, as one block: hundreds of small ones take far longer to get and
+        # to give back, and would wait for the state's copy.
+        room = max(0, self.reserved - torch.cuda.memory_reserved())
+        torch.empty(room, dtype=torch.uint8, device=self.device)
         self.grads.zero_()
         self._copy(self.state, self.host)
 
