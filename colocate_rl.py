@@ -515,7 +515,6 @@ class Engine:
             # A scheduler reports its death by SIGQUIT. SGLang's handler would end this actor
             # before it can tell the reason.
             self.engine = SGLangEngine(**args, custom_sigquit_handler=signal.SIG_IGN)
-            self.engine.freeze_gc()  # else every sleep walks through all that was imported
         except Exception as error:
             fault = self.read_log().fault or error
             raise EngineError(f"{self.name} did not start: {fault}\n{self.log}") from error
@@ -616,9 +615,11 @@ def log_to(path: str):
 
 
 # In the stub every name is None. To release memory SGLang synchronizes torch's default device: from
-# torch 2.14 on that is CUDA, even without a driver.
+# torch 2.14 on that is CUDA, even without a driver. And it collects garbage, twice, among all that
+# was imported, which takes seconds; Python does so anyway, when there is some.
 CPU_STUB = """
-import sys, torch
+import gc, sys, torch
+gc.collect = lambda *_: 0
 sys.modules["sgl_kernel.kvcacheio"] = sys.modules["sgl_kernel"]
 torch.cuda.synchronize = lambda *_: None
 def __getattr__(name):
@@ -776,7 +777,6 @@ class Trainer:
         self.on_gpu = bundle.uuid is not None
         self.device = torch.device(f"cuda:{bundle.local_index}" if self.on_gpu else "cpu")
         self.backend = torch.get_device_module(self.device)  # torch.cuda or torch.cpu
-        self.reserved = 0  # bytes on the GPU at the end of the last step's training
 
     def start(
         self, rendezvous: str, ranks: int, model_path: str, resume: bool = False
@@ -860,7 +860,14 @@ class Trainer:
             target.copy_(source, non_blocking=True)
 
     def train(self, batch):
-        """Make the updates of a step, each on its share of make_batch's rows.
+        """Make the updates of a step, and send the state back to the host; returns metrics."""
+        metrics = self._make_updates(batch)
+        torch.cuda.empty_cache()  # the engine's weights wake next, and need room
+        self._copy(self.host, self.state)  # not before, for empty_cache would wait for it
+        return metrics
+
+    def _make_updates(self, batch):
+        """Each on its share of make_batch's rows.
 
         No update is made once a number is not finite; "bad" then names the first such tensor.
         Loss and mean difference are this rank's part of the sum over ranks.
@@ -886,17 +893,13 @@ class Trainer:
             self.grads.zero_()
         # `.item()` waits for the all-gather, before the engines copy the weights.
         difference = torch.cat(differences)  # [rows of this rank, T-1]
-        metrics = {
+        return {
             "bad": bad,
             "grad_norm": grad_norm,
             "loss": sum(losses).item(),
             "difference_mean": difference.sum().item() / batch["mask"].sum().item(),
             "difference_max": difference.max().item(),
         }
-        self.reserved = torch.cuda.memory_reserved()  # without a GPU 0
-        torch.cuda.empty_cache()  # the engine's weights wake next, and need room
-        self._copy(self.host, self.state)  # not before, for empty_cache would wait for it
-        return metrics
 
     def _shares(self, batch):
         """This rank's rows for each update."""
@@ -967,9 +970,9 @@ class Trainer:
         """Take the memory of gradients and state; the state arrives beside the first gradients."""
         resize(self.grads, self.grads.nbytes)
         resize(self.state, self.state.nbytes)
-        # What the last step needed, as one block: hundreds of small ones take far longer to get and
-        # to give back, and would wait for the state's copy.
-        room = max(0, self.reserved - torch.cuda.memory_reserved())
+        # What training has needed at most, as one block that torch keeps: hundreds of small ones
+        # take far longer to get and to give back, and would wait for the state's copy.
+        room = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
         torch.empty(room, dtype=torch.uint8, device=self.device)
         self.grads.zero_()
         self._copy(self.state, self.host)
