@@ -3986,13 +3986,11 @@ def training_batch(rows):
     }
 
 
-def timed_steps(step, warm=4, rounds=6):
-    """In a trainer: seconds of each step and of the first one; peak GiB; the first loss.
-
-    A step's time ends as in the loop: with its metrics, and the state's copy back under way.
-    """
+def timed_steps(step, before=lambda: None, warm=4, rounds=6):
+    """In a trainer: seconds of each step and of the first one; peak GiB; the first loss."""
     found, losses = [], []
     for number in range(warm + rounds):
+        before()
         if number == warm:
             torch.cuda.reset_peak_memory_stats()
         dist.barrier()
@@ -4004,8 +4002,11 @@ def timed_steps(step, warm=4, rounds=6):
 
 
 def train_steps(trainer, batch):
-    """Training steps of this file, each from a batch on the host."""
-    return timed_steps(lambda: trainer.train(dict(batch))["loss"])
+    """Training steps of this file, each from a batch on the host, and offloaded, as in the loop.
+
+    A step ends with its metrics; the state's copy back is still under way.
+    """
+    return timed_steps(lambda: trainer.train(dict(batch))["loss"], before=trainer.offload)
 
 
 def plain_steps(trainer, batch, size, folder, compiled):
