@@ -615,8 +615,8 @@ def log_to(path: str):
 
 
 # In the stub every name is None. To release memory SGLang synchronizes torch's default device: from
-# torch 2.14 on that is CUDA, even without a driver. And it collects garbage, twice, among all that
-# was imported, which takes seconds; Python does so anyway, when there is some.
+# torch 2.14 on that is CUDA, even without a driver. From 0.5.15.post1 on it also collects garbage
+# twice, among all that was imported; Python does so by itself, when there is some.
 CPU_STUB = """
 import gc, sys, torch
 gc.collect = lambda *_: 0
@@ -860,14 +860,16 @@ class Trainer:
             target.copy_(source, non_blocking=True)
 
     def train(self, batch):
-        """Make the updates of a step, and send the state back to the host; returns metrics."""
+        """Make the updates of a step, and send the state back to the host."""
         metrics = self._make_updates(batch)
-        torch.cuda.empty_cache()  # the engine's weights wake next, and need room
+        # The engine's weights wake next, and need room. No tensor of the updates is alive here: a
+        # single one would keep the whole block of `_onload`.
+        torch.cuda.empty_cache()
         self._copy(self.host, self.state)  # not before, for empty_cache would wait for it
         return metrics
 
     def _make_updates(self, batch):
-        """Each on its share of make_batch's rows.
+        """Make each update on its share of make_batch's rows; returns metrics.
 
         No update is made once a number is not finite; "bad" then names the first such tensor.
         Loss and mean difference are this rank's part of the sum over ranks.
@@ -967,13 +969,15 @@ class Trainer:
             flat.copy_(own)
 
     def _onload(self):
-        """Take the memory of gradients and state; the state arrives beside the first gradients."""
+        """Take the memory of training; the state arrives beside the first gradients."""
         resize(self.grads, self.grads.nbytes)
         resize(self.state, self.state.nbytes)
-        # What training has needed at most, as one block that torch keeps: hundreds of small ones
-        # take far longer to get and to give back, and would wait for the state's copy.
+        # What was needed at most, as one block that torch keeps for what comes: hundreds of small
+        # ones take far longer to get, and to give back. Rounded down to torch's 2 MiB: up, it would
+        # raise the peak, and grow.
         room = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
-        torch.empty(room, dtype=torch.uint8, device=self.device)
+        with contextlib.suppress(torch.OutOfMemoryError):  # others use the GPU: then small ones
+            torch.empty(room // 2**21, 2**21, dtype=torch.uint8, device=self.device)
         self.grads.zero_()
         self._copy(self.state, self.host)
 

@@ -3989,10 +3989,8 @@ def training_batch(rows):
 def timed_steps(step, before=lambda: None, warm=4, rounds=6):
     """In a trainer: seconds of each step and of the first one; peak GiB; the first loss."""
     found, losses = [], []
-    for number in range(warm + rounds):
+    for _ in range(warm + rounds):
         before()
-        if number == warm:
-            torch.cuda.reset_peak_memory_stats()
         dist.barrier()
         torch.cuda.synchronize()
         start = time.perf_counter()
