@@ -619,7 +619,7 @@ def log_to(path: str):
 # twice, among all that was imported; Python does so by itself, when there is some.
 CPU_STUB = """
 import gc, sys, torch
-gc.collect = lambda *_: 0
+gc.collect = lambda *_, **__: 0
 sys.modules["sgl_kernel.kvcacheio"] = sys.modules["sgl_kernel"]
 torch.cuda.synchronize = lambda *_: None
 def __getattr__(name):
@@ -860,7 +860,7 @@ class Trainer:
             target.copy_(source, non_blocking=True)
 
     def train(self, batch):
-        """Make the updates of a step, and send the state back to the host."""
+        """Make the updates of a step, and begin to send the state back; `offload` must follow."""
         metrics = self._make_updates(batch)
         # The engine's weights wake next, and need room. No tensor of the updates is alive here: a
         # single one would keep the whole block of `_onload`.
